@@ -1,0 +1,150 @@
+"""What an adapter_config.json of type LORA says: its keys, and the rank and scale of each module.
+
+Knows PEFT's `LoraConfig` (version 0.21) and which of its keys change the numbers: those that are not built are refused.
+Knows no tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from alpaca_lora.errors import AdapterError, AlpacaLoraError, ConfigError
+
+# What we write: understood by every PEFT since 0.7 and by the servers that read its files.
+DEFAULTS: Mapping[str, Any] = {
+    "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": None, "bias": "none", "fan_in_fan_out": False,
+    "inference_mode": True, "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
+    "lora_alpha": 8, "lora_dropout": 0.0, "modules_to_save": None, "peft_type": "LORA", "r": 8, "rank_pattern": {},
+    "revision": None, "target_modules": None, "task_type": None, "use_dora": False, "use_rslora": False,
+}  # fmt: skip
+# What a file may say besides, as long as it says nothing (None, False, empty): each of these changes the numbers.
+REFUSED = (
+    "modules_to_save", "use_dora", "lora_bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters",
+    "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "velora_config", "monteclora_config", "megatron_config",
+)  # fmt: skip
+# Known and without effect on a finished adapter.
+IGNORED = (
+    "peft_version", "exclude_modules", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
+    "qalora_group_size", "ensure_weight_tying", "runtime_config", "target_modules_to_tie",
+)  # fmt: skip
+# Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take a part out of its weights.
+SAFE_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Of one module: its rank and the factor of its update."""
+
+    rank: int
+    scale: float
+
+
+def check_config(config: Mapping[str, Any], *, file: str | PathLike[str] | None = None) -> list[str]:
+    """Refuse what cannot be right or is not built; return what the user should be told (keys that nobody here knows).
+
+    ConfigError with the names of our flags when the values came from the user, AdapterError with the file when they
+    came from one.
+    """
+    _check_number(config, "r", file, "a whole number of at least 1", lambda v: type(v) is int and v >= 1)
+    _check_number(config, "lora_alpha", file, "a positive number", _is_positive)
+    _check_number(config, "lora_dropout", file, "at least 0 and below 1", lambda v: _is_finite(v) and 0 <= v < 1)
+    for key, item, meets in (
+        ("rank_pattern", "whole numbers of at least 1", lambda v: type(v) is int and v >= 1),
+        ("alpha_pattern", "positive numbers", _is_positive),
+    ):
+        value = config.get(key) or {}
+        if not isinstance(value, dict) or not all(meets(v) for v in value.values()):
+            raise _error(file, key, f"is {value!r}", f"a table of patterns and {item}")
+        for pattern in value:
+            _compiled(pattern, key, file)
+    targets = config.get("target_modules")
+    if not (isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(t, str) for t in targets))):
+        raise _error(file, "target_modules", f"is {targets!r}", "names or a regular expression")
+    _refuse_unbuilt(config, file)
+    known = {*DEFAULTS, *REFUSED, *IGNORED}
+    return [
+        f"{'' if file is None else f'{file}: '}{key}: unknown key, kept as it is and not used"
+        for key in sorted(config)
+        if key not in known
+    ]
+
+
+def _refuse_unbuilt(config: Mapping[str, Any], file: str | PathLike[str] | None) -> None:
+    for key in REFUSED:
+        if config.get(key) not in (None, False, [], {}, ""):
+            raise _error(
+                file, key, f"{config[key]!r} is not supported yet by method lora", "nothing, or the key left out"
+            )
+    if config.get("bias", "none") != "none":
+        raise _error(file, "bias", f"{config['bias']!r} is not supported yet by method lora", "none")
+    start = config.get("init_lora_weights", True)
+    if not any(start is safe or (isinstance(start, str) and start == safe) for safe in SAFE_INITIALISATIONS):
+        raise _error(
+            file, "init_lora_weights",
+            f"{start!r} takes a part out of the base weights, which is not supported yet by method lora",
+            "an adapter for the base as it is",
+            "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )  # fmt: skip
+
+
+def settings(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Setting]:
+    """Rank and scale of each module: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, equation 6).
+
+    As in PEFT, the first entry of rank_pattern or alpha_pattern that matches the end of the name takes the place of r
+    or lora_alpha.
+    """
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    found: dict[str, Setting] = {}
+    for name in names:
+        rank = _by_pattern(ranks, name, config["r"])
+        alpha = _by_pattern(alphas, name, config["lora_alpha"])
+        found[name] = Setting(rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    return found
+
+
+def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_finite(value) and value > 0
+
+
+def _check_number(
+    config: Mapping[str, Any], key: str, file: str | PathLike[str] | None, expected: str, meets: Any
+) -> None:
+    if key not in config:
+        raise _error(file, key, "missing", expected)
+    if not meets(config[key]):
+        raise _error(file, key, f"is {config[key]!r}", expected)
+
+
+def _compiled(pattern: str, key: str, file: str | PathLike[str] | None) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise _error(file, key, f"{pattern!r} is not a regular expression: {error}", "regular expressions") from error
+
+
+_FLAGS: Mapping[str, str] = {"r": "lora_r", "target_modules": "lora_target_modules"}
+
+
+def _error(
+    file: str | PathLike[str] | None, key: str, what: str, expected: str, fix: str | None = None
+) -> AlpacaLoraError:
+    if file is None:
+        return ConfigError(what, field=_FLAGS.get(key, key), expected=expected, fix=fix)
+    return AdapterError(what, file=file, field=key, expected=expected, fix=fix)

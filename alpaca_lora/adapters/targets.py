@@ -1,0 +1,152 @@
+"""Which linears of a model an adapter sits on: from what the user wrote to full module names, and back for PEFT.
+
+Knows module names and the linear contract; knows no method.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from alpaca_lora.errors import ConfigError, nearest
+from alpaca_lora.models.linear import LinearContract
+
+ALL_LINEAR = "all-linear"
+HEADS = ("lm_head", "score", "classifier")  # what `all-linear` leaves out, as PEFT does
+_METACHARACTERS = frozenset("*+?[](){}|^$\\")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for torch's linear and for everything that keeps `models.linear.LinearContract`."""
+    return isinstance(module, nn.Linear | LinearContract)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Full names of all linears in the model's order, those inside of another linear (an adapter's base) left out."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        inside = bool(names) and name.startswith(names[-1] + ".")
+        if name and is_linear(module) and not inside:
+            names.append(name)
+    return names
+
+
+def find_targets(model: nn.Module, spec: Sequence[str] | str) -> list[str]:
+    """Full names of the linears that `spec` means, in the model's order.
+
+    Each entry is the end of a name (``q_proj``, ``self_attn.q_proj``), a whole name, a regular expression that matches
+    the whole name (whatever holds one of ``* + ? [ ] ( ) { } | ^ $ \\``), or ``all-linear``: every linear but the head.
+    ConfigError when an entry matches nothing or something that is no linear; all such entries are listed, with the
+    nearest names.
+    """
+    found, problems = match_targets(model, [spec] if isinstance(spec, str) else spec)
+    if problems:
+        raise ConfigError("; ".join(problems), field="lora_target_modules", expected="names of linears of this model")
+    if not found:
+        raise ConfigError("names no linear", field="lora_target_modules", expected="at least one name, or all-linear")
+    return found
+
+
+def match_targets(model: nn.Module, entries: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(names found, one sentence for each entry that matched nothing or no linear)."""
+    linears = linear_names(model)
+    modules = dict(model.named_modules())
+    found: set[str] = set()
+    problems: list[str] = []
+    for entry in entries:
+        matches = _matcher(entry)
+        hits = [name for name in linears if matches(name)]
+        found.update(hits)
+        if not hits:
+            others = [name for name in modules if name and matches(name)]
+            problems.append(_problem(entry, others, modules, linears))
+    return [name for name in linears if name in found], problems
+
+
+def _matcher(entry: str) -> Callable[[str], bool]:
+    if entry == ALL_LINEAR:
+        return lambda name: name.rpartition(".")[2] not in HEADS
+    if _METACHARACTERS.isdisjoint(entry):
+        return lambda name: name == entry or name.endswith("." + entry)
+    try:
+        expression = re.compile(entry)
+    except re.error as error:
+        raise ConfigError(
+            f"{entry!r} is not a regular expression: {error}", field="lora_target_modules",
+            expected="a name or a regular expression of whole names", fix=r"for example '.*\.(q|v)_proj'",
+        ) from error  # fmt: skip
+    return lambda name: expression.fullmatch(name) is not None
+
+
+def _problem(entry: str, others: list[str], modules: Mapping[str, nn.Module], linears: list[str]) -> str:
+    """Why `entry` names no linear, and what may have been meant."""
+    if others and is_linear(modules[others[0]]):
+        return f"{entry!r} matches {others[0]}, the base of a linear that carries an adapter"
+    if others:
+        return f"{entry!r} matches {others[0]}, a {type(modules[others[0]]).__name__} and not a linear"
+    if entry.rpartition(".")[2] in HEADS:
+        return f"{entry!r} matches nothing: the head of this model is its embedding (tied) and has no linear of its own"
+    known = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+    alike = nearest(entry, known, count=3) or nearest(entry, linears, count=3)
+    hint = f"nearest: {', '.join(alike)}" if alike else f"linears here: {', '.join(known[:12]) or 'none'}"
+    return f"{entry!r} matches nothing ({hint})"
+
+
+def peft_spec(model: nn.Module, entries: Sequence[str], targets: Sequence[str]) -> list[str] | str:
+    """`target_modules` of an adapter_config.json such that PEFT finds exactly `targets`.
+
+    Plain names stay as they are. A single regular expression stays one string, which is how PEFT marks one. Anything
+    else becomes the shortest names: the last part where every module that ends so is a target, else the whole name.
+    """
+    plain = all(entry != ALL_LINEAR and _METACHARACTERS.isdisjoint(entry) for entry in entries)
+    if plain:
+        return sorted(set(entries))
+    if len(entries) == 1 and entries[0] != ALL_LINEAR:
+        return entries[0]
+    chosen = set(targets)
+    ends: dict[str, bool] = {}
+    for name, _ in model.named_modules():
+        end = name.rpartition(".")[2]
+        ends[end] = ends.get(end, True) and name in chosen
+    return sorted({name.rpartition(".")[2] if ends[name.rpartition(".")[2]] else name for name in targets})
+
+
+def peft_targets(model: nn.Module, config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(names, problems) of target_modules, exclude_modules and layers_to_transform of an adapter_config.json."""
+    wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if isinstance(wanted, str) and wanted != ALL_LINEAR:
+        expression = _compiled(wanted, "target_modules")
+        names = [name for name in linear_names(model) if expression.fullmatch(name)]
+        problems = [] if names else [f"{wanted!r} matches nothing"]
+    else:
+        names, problems = match_targets(model, [wanted] if isinstance(wanted, str) else list(wanted or ()))
+    if isinstance(excluded, str):
+        expression = _compiled(excluded, "exclude_modules")
+        names = [name for name in names if not expression.fullmatch(name)]
+    elif excluded:
+        names = [name for name in names if not any(name == e or name.endswith("." + e) for e in excluded)]
+    layers = config.get("layers_to_transform")
+    if layers is not None and layers != [] and not isinstance(wanted, str):
+        chosen = {layers} if isinstance(layers, int) else set(layers)
+        names = [n for n in names if n in (wanted or ()) or _layer_index(n, config.get("layers_pattern")) in chosen]
+    return names, problems
+
+
+def _compiled(expression: str, field: str) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise ConfigError(f"{expression!r} is not a regular expression: {error}", field=field) from error
+
+
+def _layer_index(name: str, patterns: str | Iterable[str] | None) -> int | None:
+    """Number of the layer that module `name` is in: after the list called `patterns`, else the name's first number."""
+    choices = [patterns] if isinstance(patterns, str) else list(patterns or ()) or [r"[^.]*"]
+    for pattern in choices:
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+        if match:
+            return int(match.group(1))
+    return None

@@ -1,0 +1,1 @@
+"""What each command does, one file each; `schemas.py` holds what each can be told."""

@@ -1,0 +1,65 @@
+"""`alpaca-lora merge`: fold an adapter into its base model and write the result as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from alpaca_lora.adapters.merge import MergeReport, check_free, merge_into_folder, storage_dtype
+from alpaca_lora.adapters.peft_format import load_adapter, read_config
+from alpaca_lora.adapters.record import AdapterRecord
+from alpaca_lora.commands.schemas import MergeConfig
+from alpaca_lora.config import Resolved
+from alpaca_lora.device import DTYPES, pick_compute
+from alpaca_lora.models.load import load_base
+
+
+def run(config: MergeConfig, *, resolved: Resolved[MergeConfig], console: Console) -> dict[str, Any]:
+    """Returns max_logit_difference mean_logit_difference mean_adapter_effect bound merge_dtype output_dir seconds."""
+    start = time.perf_counter()
+    # what needs no model is judged before one is loaded
+    check_free(config.output_dir)
+    read_config(config.lora_weights)
+    # merged in float32 whatever is stored in the end
+    compute = replace(pick_compute(config.device, "float32", config.num_threads), dtype=torch.float32)
+    base = load_base(config.base_model, compute)
+    console.print(f"base model: {base.description}", markup=False, highlight=False)
+    dtype = DTYPES[config.dtype] if config.dtype != "auto" else storage_dtype(base.model)
+    adapter, record = load_adapter(config.lora_weights, base.model, base.fingerprint)
+    for message in (*base.notices, *adapter.messages):
+        console.print(message, markup=False, highlight=False)
+    report = merge_into_folder(
+        base, adapter, config.output_dir, compute, record=record, dtype=dtype,
+        bound=config.max_logit_difference, max_shard_bytes=int(config.max_shard_gb * 1e9),
+    )  # fmt: skip
+    _show(report, record, console)
+    return {
+        "max_logit_difference": report.max_logit_difference,
+        "mean_logit_difference": report.mean_logit_difference,
+        "mean_adapter_effect": report.mean_adapter_effect,
+        "bound": report.bound,
+        "merge_dtype": str(report.dtype).removeprefix("torch."),
+        "output_dir": str(report.folder),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def _show(report: MergeReport, record: AdapterRecord | None, console: Console) -> None:
+    table = Table.grid(padding=(0, 2))
+    for label, value in (
+        ("merged into", str(report.folder)),
+        ("stored as", str(report.dtype).removeprefix("torch.")),
+        ("largest logit difference", f"{report.max_logit_difference:.3g} (accepted: up to {report.bound:.3g})"),
+        ("mean logit difference", f"{report.mean_logit_difference:.3g} over {report.num_tokens} tokens"),
+        ("mean effect of the adapter", f"{report.mean_adapter_effect:.3g}"),
+    ):
+        table.add_row(label, value)
+    console.print(table, highlight=False, markup=False)
+    if record is not None and record.template.get("name"):
+        name = record.template["name"]
+        console.print(f"trained with template {name!r}: talk to it with --prompt_template_name {name}", markup=False)

@@ -1,0 +1,1 @@
+"""Answering: requests in, tokens and text out. Knows no training."""

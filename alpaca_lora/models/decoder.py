@@ -1,0 +1,136 @@
+"""The Llama-like decoder on a packed stream of tokens: no padding, no batch axis. `CausalLM.forward` is the formula.
+
+Parameter names are Hugging Face's. Knows nothing of files, adapters, losses or caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from alpaca_lora.models.attention import AttentionPlan
+from alpaca_lora.models.config import ModelConfig
+from alpaca_lora.models.layers import MLP, Attention, Device, Embedding, RMSNorm, Rotation
+from alpaca_lora.models.linear import Linear
+from alpaca_lora.models.rope import Rope
+
+
+def width_norm(config: ModelConfig, dtype: torch.dtype | None, device: Device) -> RMSNorm:
+    """The family's norm over the model width."""
+    return RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset, dtype=dtype, device=device)
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, *, dtype: torch.dtype | None = None, device: Device = None
+    ) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer, dtype=dtype, device=device)
+        self.mlp = MLP(config, dtype=dtype, device=device)
+        self.input_layernorm = width_norm(config, dtype, device)
+        self.post_attention_layernorm = width_norm(config, dtype, device)
+
+    def forward(self, x_TD: torch.Tensor, rotation: Rotation, plan: AttentionPlan) -> torch.Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, plan)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class SandwichLayer(DecoderLayer):
+    """Gemma 3: the outputs of attention and mlp are normalised too, before they are added."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, *, dtype: torch.dtype | None = None, device: Device = None
+    ) -> None:
+        super().__init__(config, layer, dtype=dtype, device=device)
+        self.pre_feedforward_layernorm = width_norm(config, dtype, device)
+        self.post_feedforward_layernorm = width_norm(config, dtype, device)
+
+    def forward(self, x_TD: torch.Tensor, rotation: Rotation, plan: AttentionPlan) -> torch.Tensor:
+        x_TD = x_TD + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x_TD), rotation, plan))
+        return x_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD)))
+
+
+class Decoder(nn.Module):
+    """The parts of `CausalLM` under Hugging Face's name ``model``."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None, device: Device = None) -> None:
+        super().__init__()
+        layer_class = SandwichLayer if config.sandwich_norms else DecoderLayer
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            layer_class(config, layer, dtype=dtype, device=device) for layer in range(config.num_layers)
+        )
+        self.norm = width_norm(config, dtype, device)
+
+
+class CausalLM(nn.Module):
+    """Tokens to hidden states to logits. Other architectures subclass it and keep this interface.
+
+    ``gradient_checkpointing``: keep only each layer's input for backward and run the layer again there.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None, device: Device = None) -> None:
+        """Uninitialised frozen weights of ``dtype`` on ``device``; "meta" allocates nothing."""
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self._build(config, dtype, device)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
+        )
+
+    def _build(self, config: ModelConfig, dtype: torch.dtype | None, device: Device) -> None:
+        self.model = Decoder(config, dtype=dtype, device=device)
+        self.ropes = tuple(Rope(rope, config.head_dim) for rope in config.ropes)
+
+    @property
+    def embeddings(self) -> Embedding:
+        """The token embedding, which is the head too when they are tied."""
+        return self.model.embed_tokens
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The decoder layers, lowest first."""
+        return self.model.layers  # pyright: ignore[reportReturnType]
+
+    def forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """ids and positions (int64) of one stream -> hidden_TD after the final norm, in the weights' dtype."""
+        x_TD = self.model.embed_tokens(ids_T)
+        if self.config.embedding_scale != 1.0:
+            # rounded to the weights' dtype first, as Gemma was trained
+            x_TD = x_TD * torch.tensor(self.config.embedding_scale, dtype=x_TD.dtype).item()
+        rotations = [rope(positions_T, x_TD.dtype) for rope in self.ropes]
+        for layer, rope in zip(self.model.layers, self.config.rope_of_layer, strict=True):
+            x_TD = self.run_layer(layer, x_TD, rotations[rope], plan)
+        return self.model.norm(x_TD)
+
+    def run_layer(self, layer: nn.Module, x_TD: torch.Tensor, *context: object) -> torch.Tensor:
+        """One layer, checkpointed when asked: the seam for whoever stops backward early or offloads layers."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # dropout is a pure function of its key, so torch's generator need not be kept
+            return checkpoint(layer, x_TD, *context, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+        return layer(x_TD, *context)
+
+    def head_weight(self) -> torch.Tensor:
+        """(V, D) of the output head; the embedding's own weight when they are tied."""
+        return self.embeddings.weight if self.lm_head is None else self.lm_head.dense_weight()
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """float32 logits_NV of the rows given: apply it only to rows whose logits are needed."""
+        head = self.lm_head
+        logits_NV = (F.linear(hidden_ND, self.head_weight()) if head is None else head(hidden_ND)).float()
+        if (cap := self.config.logit_softcap) is not None:
+            logits_NV = torch.tanh(logits_NV / cap) * cap
+        return logits_NV
+
+    def num_parameters(self, *, trained_only: bool = False) -> int:
+        """Number of weights; a tied head is counted once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trained_only)

@@ -1,0 +1,154 @@
+"""From a name to a model that can run: finds the file, checks it against its configuration, streams the weights in.
+
+All that can be wrong with a file is found before the first weight is allocated, except what only the values show.
+Knows neither file formats (`weights` does) nor adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from alpaca_lora.device import Compute
+from alpaca_lora.errors import ModelFileError, nearest
+from alpaca_lora.models.build import build_model
+from alpaca_lora.models.config import ModelConfig
+from alpaca_lora.models.decoder import CausalLM
+from alpaca_lora.text.tokenizer import Tokenizer
+from alpaca_lora.weights.gguf import GgufFile, open_gguf
+from alpaca_lora.weights.hub import resolve
+from alpaca_lora.weights.huggingface import HuggingFaceFolder, open_folder
+
+Source = HuggingFaceFolder | GgufFile
+
+# Buffers that older files carry; they follow from the configuration.
+DERIVED = (".rotary_emb.inv_freq", ".attn.attention.bias", ".attn.attention.masked_bias")
+TIED_HEAD = "lm_head.weight"
+
+
+@dataclass
+class Base:
+    """A base model ready to run. ``name`` is what the user asked for, ``path`` the folder or file that it was."""
+
+    model: CausalLM
+    config: ModelConfig
+    tokenizer: Tokenizer
+    fingerprint: str
+    name: str
+    path: Path
+    description: str
+    notices: list[str] = field(default_factory=list)
+
+
+def load_base(path_or_name: str, compute: Compute, *, dtype: torch.dtype | None = None) -> Base:
+    """Load a folder, .gguf file, hub id or alias; weights frozen, in ``dtype`` (default: the compute's), on its device.
+
+    Weights go one by one from the file into their place. ModelFileError: an architecture we cannot run, tensors that
+    are missing, extra or misshapen (named together), token ids without a row. NumericalError: a weight is not finite.
+    """
+    path = resolve(path_or_name)
+    source = open_source(path)
+    try:
+        config = ModelConfig.from_hf(source.config, file=path if path.is_file() else path / "config.json")
+        dtype = dtype or compute.dtype
+        model = build_model(config, dtype=dtype)
+        notices = [*source.notices, *check_tensors(source, model)]
+        tokenizer = load_tokenizer(source)
+        check_vocabulary(tokenizer, config, path)
+        read_weights(source, model, dtype, compute.device)
+        fingerprint = source.fingerprint
+    finally:
+        source.close()
+    size = f"{config.num_layers} layers, {model.num_parameters() / 1e6:,.1f}M parameters"
+    description = f"{config.model_type}, {size}, {str(dtype).removeprefix('torch.')} on {compute.device}"
+    return Base(model, config, tokenizer, fingerprint, path_or_name, path, description, notices)
+
+
+def open_source(path: Path) -> Source:
+    """The weight file of a resolved path; no weight is read yet."""
+    return open_gguf(path) if path.is_file() else open_folder(path)
+
+
+def load_tokenizer(source: Source) -> Tokenizer:
+    """The tokenizer that came with the weights."""
+    if isinstance(source, GgufFile):
+        return Tokenizer.from_gguf(source.tokenizer_fields)
+    return Tokenizer.from_folder(source.tokenizer_folder)
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> None:
+    """ModelFileError when the tokenizer makes ids that the embedding has no row for."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelFileError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {config.vocab_size} rows",
+            file=path,
+            fix="take tokenizer and weights of the same model",
+        )
+
+
+def check_tensors(source: Source, model: CausalLM) -> list[str]:
+    """Compare the names and shapes of all tensors with the model's -> notices. One ModelFileError names all misfits."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: shape for name, shape in source.shapes.items() if not name.endswith(DERIVED)}
+    notices = []
+    if model.lm_head is None and TIED_HEAD in found:
+        notices += _tied_head_notice(source, model)
+        del found[TIED_HEAD]
+    problems = _differences(expected, found)
+    if problems:
+        raise ModelFileError("; ".join(problems), file=source.path, fix="the weights are not of this configuration")
+    return notices
+
+
+def _tied_head_notice(source: Source, model: CausalLM) -> list[str]:
+    """A tied model's file may hold the head as well; it is not read, and that is said when it is not the embedding."""
+    embedding = next(name for name, parameter in model.named_parameters() if parameter is model.embeddings.weight)
+    same = source.shapes.get(embedding) == source.shapes[TIED_HEAD]
+    if same and torch.equal(source.read(embedding), source.read(TIED_HEAD)):
+        return []
+    where = source.where(TIED_HEAD)
+    return [f"{where}: {TIED_HEAD} is ignored: the configuration ties the head to the embedding, which differs from it"]
+
+
+def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    misshapen = [name for name, shape in expected.items() if name in found and found[name] != shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing: {_some(_with_nearest(missing, extra))}")
+    if extra:
+        problems.append(f"{len(extra)} tensors are not of this model: {_some(_with_nearest(extra, missing))}")
+    if misshapen:
+        shapes = (f"{name} is {_shape(found[name])}, expected {_shape(expected[name])}" for name in misshapen)
+        problems.append(f"{len(misshapen)} tensors have another shape: {_some(shapes)}")
+    return problems
+
+
+def _with_nearest(names: Iterable[str], others: list[str]) -> Iterable[str]:
+    """Lazily: the hint costs a comparison with every other name, and only the first few are shown."""
+    for name in names:
+        hint = nearest(name, others)
+        yield f"{name} (there is {hint[0]})" if hint else name
+
+
+def _some(texts: Iterable[str], shown: int = 5) -> str:
+    iterator = iter(texts)
+    first = [text for _, text in zip(range(shown), iterator, strict=False)]
+    return ", ".join(first) + (", ..." if len(first) == shown and next(iterator, None) is not None else "")
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def read_weights(source: Source, model: CausalLM, dtype: torch.dtype, device: torch.device) -> None:
+    """Put each tensor of the file in its place, one by one; the model on the meta device takes no memory before."""
+    for name, _ in list(model.named_parameters()):
+        tensor = source.read(name, dtype=dtype).to(device)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,65 @@
+"""Rank and scale of each module as PEFT reads them, and whose words an error uses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from alpaca_lora.adapters.lora_config import DEFAULTS, REFUSED, Setting, check_config, settings
+from alpaca_lora.errors import AdapterError, ConfigError
+
+NAMES = [f"model.layers.{i}.{part}_proj" for i in (1, 11) for part in ("self_attn.q", "self_attn.v", "mlp.up")]
+GOOD: dict[str, Any] = {**DEFAULTS, "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["q_proj", "self_attn.q_proj", r"layers\.1\..*", r"model\.layers\.\d+\.mlp.*", "v", r"^model\.layers\.1\.mlp\.up_proj", "proj"],
+)  # fmt: skip
+def test_patterns_match_what_peft_matches(pattern: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    patterns = {pattern: 3, "up_proj": 5}
+    found = settings({**GOOD, "r": 8, "rank_pattern": patterns, "alpha_pattern": patterns}, NAMES)
+    for name in NAMES:
+        rank = patterns.get(get_pattern_key(list(patterns), name), 8)
+        assert found[name] == Setting(rank, 1.0), (pattern, name)  # alpha follows the same pattern
+
+
+def test_scales() -> None:
+    assert settings({**GOOD, "r": 4, "lora_alpha": 2}, ["a"]) == {"a": Setting(4, 0.5)}
+    assert settings({**GOOD, "r": 9, "lora_alpha": 2, "use_rslora": True}, ["a"])["a"].scale == 2 / math.sqrt(9)
+
+
+def test_what_we_write_is_what_peft_knows_and_defaults_to() -> None:
+    from peft import LoraConfig
+
+    theirs = LoraConfig().to_dict()
+    assert set(DEFAULTS) <= set(theirs)
+    # it marks an adapter that was saved
+    expected = {key: theirs[key] for key in DEFAULTS} | {"inference_mode": True, "peft_type": "LORA"}
+    assert dict(DEFAULTS) == expected
+
+
+def test_every_key_of_peft_is_known() -> None:
+    from peft import LoraConfig
+
+    config = {key: value for key, value in LoraConfig(target_modules=["q_proj"]).to_dict().items()}
+    config["target_modules"] = ["q_proj"]
+    assert check_config(config) == []
+    assert check_config({**config, "novelty": 1}) == ["novelty: unknown key, kept as it is and not used"]
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_would_change_the_numbers_is_refused(key: str) -> None:
+    with pytest.raises(AdapterError, match=rf"f\.json: {key}: .* is not supported yet by method lora"):
+        check_config({**GOOD, key: ["something"]}, file="f.json")
+
+
+def test_errors_speak_of_flags_to_users_and_of_keys_to_files() -> None:
+    with pytest.raises(ConfigError, match=r"^lora_r: is 0, expected a whole number of at least 1"):
+        check_config({**GOOD, "r": 0})
+    with pytest.raises(AdapterError, match=r"^a\.json: r: is 0"):
+        check_config({**GOOD, "r": 0}, file="a.json")

@@ -1,0 +1,112 @@
+"""What a user's words for targets mean, on our decoder and on any module; nothing unmatched passes."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from alpaca_lora.adapters.targets import find_targets, linear_names, peft_spec, peft_targets
+from alpaca_lora.errors import ConfigError
+from tests.tiny import tiny_model
+
+QV = [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny_model()
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (["q_proj", "v_proj"], QV),
+        (["v_proj", "q_proj", "q_proj"], QV),  # the model's order, each once
+        (["layers.1.self_attn.q_proj"], QV[2:3]),
+        (["model.layers.0.self_attn.v_proj"], QV[1:2]),
+        (r".*\.(q|v)_proj", QV),
+        ([r".*\.(q|v)_proj"], QV),
+        ([r"model\.layers\.0\..*(q|v)_proj", "layers.1.self_attn.v_proj"], [QV[0], QV[1], QV[3]]),
+        ("q_proj", [QV[0], QV[2]]),
+        (["lm_head"], ["lm_head"]),
+    ],
+)
+def test_names_suffixes_and_expressions(model: nn.Module, spec: list[str] | str, expected: list[str]) -> None:
+    assert find_targets(model, spec) == expected
+
+
+def test_all_linear_is_every_linear_but_the_head(model: nn.Module) -> None:
+    found = find_targets(model, "all-linear")
+    assert found == find_targets(model, ["all-linear"])
+    assert len(found) == 2 * 7 and "lm_head" not in found
+    assert set(linear_names(model)) - set(found) == {"lm_head"}
+
+
+def test_a_suffix_is_a_whole_part_of_the_name() -> None:
+    # "proj" is the end of "q_proj" as text but not as a name
+    with pytest.raises(ConfigError, match="'proj' matches nothing"):
+        find_targets(nn.ModuleDict({"q_proj": nn.Linear(2, 2)}), ["proj"])
+
+
+def test_everything_unmatched_is_listed_with_the_nearest_names(model: nn.Module) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_targets(model, ["q_proj", "w_proj", "query_key_value", "o_prj"])
+    message = str(caught.value)
+    assert caught.value.exit_code == 2 and message.startswith("lora_target_modules: ")
+    assert "'w_proj' matches nothing" in message and "'o_prj' matches nothing (nearest: o_proj" in message
+    assert "'query_key_value'" in message and "'q_proj'" not in message
+
+
+@pytest.mark.parametrize(
+    ("spec", "match"),
+    [
+        ([r".*\.(x|y)_proj"], "matches nothing"),
+        (["("], r"not a regular expression"),
+        (["self_attn"], "Attention and not a linear"),
+        (["embed_tokens"], "not a linear"),
+        ([], "names no linear"),
+    ],
+)
+def test_what_names_no_linear_is_an_error(model: nn.Module, spec: list[str], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        find_targets(model, spec)
+
+
+def test_a_tied_head_says_why_it_cannot_be_a_target() -> None:
+    with pytest.raises(ConfigError, match=r"tied"):
+        find_targets(tiny_model(tie_word_embeddings=True), ["lm_head"])
+
+
+def test_plain_modules() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert find_targets(net, "all-linear") == ["0", "2"]
+    assert find_targets(net, ["2"]) == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (["v_proj", "q_proj"], ["q_proj", "v_proj"]),
+        ([r".*\.(q|v)_proj"], r".*\.(q|v)_proj"),
+        ([r".*\.(q|v)_proj", "o_proj"], ["o_proj", "q_proj", "v_proj"]),
+        ([r".*1.*\.q_proj", "o_proj"], ["model.layers.1.self_attn.q_proj", "o_proj"]),
+        (["all-linear"], sorted(["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"])),
+    ],
+)
+def test_peft_is_told_names_that_mean_the_same_to_it(
+    model: nn.Module, spec: list[str], expected: list[str] | str
+) -> None:
+    targets = find_targets(model, spec)
+    written = peft_spec(model, spec, targets)
+    assert written == expected
+    assert peft_targets(model, {"target_modules": written}) == (targets, [])
+
+
+def test_layers_and_exclusions_of_peft_files(model: nn.Module) -> None:
+    def names(**config: object) -> list[str]:
+        return peft_targets(model, {"target_modules": ["q_proj", "v_proj"], **config})[0]
+
+    assert names(layers_to_transform=[1]) == QV[2:]
+    assert names(layers_to_transform=0, layers_pattern="layers") == QV[:2]
+    assert names(exclude_modules=["v_proj"]) == [QV[0], QV[2]]
+    assert names(exclude_modules=r".*\.1\..*") == QV[:2]

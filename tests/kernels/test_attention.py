@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from alpaca_lora.kernels import attention, reference
+from tests.kernels.compare import assert_same, randn
+
+LENGTHS = [(1,), (7,), (5, 1, 13, 12, 3, 3), (31, 30, 29, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("longest_plain", [0, 6, 1000])
+def test_equals_the_definition(monkeypatch, longest_plain, window, lengths, dtype):
+    """By plain products, by flash, and with both in one stream."""
+    monkeypatch.setattr(attention, "LONGEST_PLAIN", longest_plain)
+    tokens = sum(lengths)
+    inputs = (
+        randn(tokens, 6, 8, dtype=dtype),
+        randn(tokens, 2, 8, dtype=dtype),
+        randn(tokens, 2, 8, dtype=dtype, seed=1),
+    )
+    assert_same(
+        lambda q, k, v: attention.attend_packed(q, k, v, lengths, 0.3, window),
+        lambda q, k, v: reference.attend_packed(q, k, v, lengths, 0.3, window),
+        inputs,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("longest_plain", [0, 1000])
+def test_segments_do_not_see_each_other(monkeypatch, longest_plain):
+    """Changing one segment leaves every other segment's output bit-equal."""
+    monkeypatch.setattr(attention, "LONGEST_PLAIN", longest_plain)
+    lengths = (4, 9, 8)
+    q, k, v = randn(21, 2, 8), randn(21, 2, 8, seed=1), randn(21, 2, 8, seed=2)
+    before = attention.attend_packed(q, k, v, lengths, 0.3)
+    for x in (q, k, v):
+        x[4:13] += 1
+    after = attention.attend_packed(q, k, v, lengths, 0.3)
+    assert torch.equal(before[:4], after[:4]) and torch.equal(before[13:], after[13:])
+    assert not torch.equal(before[4:13], after[4:13])
+
+
+def test_layout_holds_every_token_once():
+    layout = attention.SegmentLayout((50, 3, 49, 48, 2, 1, 10))
+    rows = torch.cat([block.rows for block in layout.blocks])
+    assert torch.equal(rows.sort().values, torch.arange(163))
+    for block in layout.blocks:
+        assert len(block.rows) >= (1 - attention.WASTE) * block.count * block.length

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alpaca_lora.data.examples import Batch, StepBatch
+from alpaca_lora.training.micro_batch import describe, halve, is_out_of_memory, on_device, shrink
+from tests.training.tiny_run import table
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = ("ids_T", "positions_T", "label_rows_N", "label_ids_N", "example_T")
+    return (
+        all(torch.equal(getattr(a, t), getattr(b, t)) for t in tensors)
+        and a.lengths == b.lengths
+        and a.indices == b.indices
+    )
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 10])
+def test_the_halves_are_what_packing_them_apart_gives(count: int) -> None:
+    rows = table()[:count]
+    left, right = halve(Batch.pack(rows))
+    cut = len(left.lengths)
+    assert 0 < cut < count
+    assert same(left, Batch.pack(rows[:cut])) and same(right, Batch.pack(rows[cut:]))
+
+
+def test_halves_are_as_even_as_the_segments_allow() -> None:
+    left, right = halve(Batch.pack(table((10, 10, 10, 30))))
+    assert (left.num_tokens, right.num_tokens) == (30, 30)
+
+
+def test_shrink_keeps_the_optimizer_batch() -> None:
+    rows = table()
+    whole = StepBatch(3, 1, (Batch.pack(rows[:6]), Batch.pack(rows[6:])))
+    small = shrink(whole, 20)
+    assert (small.step, small.epoch) == (3, 1)
+    assert small.num_supervised == whole.num_supervised
+    assert [i for b in small.micro_batches for i in b.indices] == [i for b in whole.micro_batches for i in b.indices]
+    assert all(b.num_tokens <= 20 or len(b.lengths) == 1 for b in small.micro_batches)
+    assert shrink(whole, 10_000) == whole
+
+
+def test_on_device_is_free_where_nothing_moves() -> None:
+    batch = Batch.pack(table()[:2])
+    assert on_device(batch, torch.device("cpu")) is batch
+    moved = on_device(batch, torch.device("meta"))
+    assert moved.ids_T.device.type == moved.label_rows_N.device.type == "meta" and moved.lengths == batch.lengths
+
+
+def test_describe_is_json_of_the_rows() -> None:
+    batch = Batch.pack(table()[:2])
+    assert describe(batch)["rows"] == [0, 1]
+    assert describe(batch)["ids"] == batch.ids_T.tolist()
+
+
+def test_what_out_of_memory_looks_like() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(ValueError("not enough memory"))
+
+
+def test_a_real_allocation_that_is_too_large_is_known() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)
