@@ -79,9 +79,13 @@ class Resolved(Generic[T]):
     def to_yaml(self) -> str:
         """The configuration as a file that `resolve` reads back to the same values; origins stand as comments."""
         lines = [f"# alpaca-lora {self.command}, as resolved"]
-        for key in keys_of(type(self.value)):
-            lines.append(f"{key}: {_yaml_value(getattr(self.value, key))}  # {self.origins[key]}")
+        lines += [f"{key}: {value}  # {origin}" for key, value, origin in self.rows()]
         return "\n".join(lines) + "\n"
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(key, value as YAML, origin) of every key, in the order of the rooms."""
+        keys = keys_of(type(self.value))
+        return [(key, _yaml_value(getattr(self.value, key)), self.origins[key]) for key in keys]
 
 
 def resolve(schema: type[T], argv: Sequence[str], command: str) -> Resolved[T]:
@@ -128,8 +132,7 @@ def dump(resolved: Resolved[Any]) -> Table:
     table = Table(title=f"{resolved.command}: configuration", title_justify="left", box=None, pad_edge=False)
     for name in ("key", "value", "from"):
         table.add_column(name, overflow="fold")
-    for key in keys_of(type(resolved.value)):
-        origin, value = resolved.origins[key], _yaml_value(getattr(resolved.value, key))
+    for key, value, origin in resolved.rows():
         table.add_row(key, escape(value), escape(origin), style="dim" if origin == "default" else "bold")
     return table
 

@@ -2,11 +2,11 @@
 
     make bench        or        .venv/bin/python benchmarks/bench_finetune.py [--rows 64] [--steps 8]
 
-The peer runs in an environment of its own (benchmarks/requirements-peer.txt, made on the first run) on token ids that we
-hand it, so both train on the same tokens and labels. Figures: tokens that are not padding per second, from the end of the
-first step to the end of the last; peak resident memory of each process, ours with its preflight; then one judge, our
-float32 evaluation, reads all adapters and gives each one's loss on rows that nobody trained on. The last line is JSON
-and is kept in benchmarks/results/finetune.jsonl.
+The peer runs in an environment of its own (benchmarks/requirements-peer.txt, made on the first run) on token ids that
+we hand it, so both train on the same tokens and labels. Figures: tokens that are not padding per second, from the end
+of the first step to the end of the last; peak resident memory of each process, ours with its preflight; then one
+judge, our float32 evaluation, reads all adapters and gives each one's loss on rows that nobody trained on. The last
+line is JSON and is kept in benchmarks/results/finetune.jsonl.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def run_ours(folder: Path, train: Path, val: Path, steps: int, dropout: float) -
     command = [
         sys.executable, "-m", "alpaca_lora", "finetune", "--json", "--base_model", BASE, "--data_path", str(train),
         "--val_data_path", str(val), "--output_dir", str(output), "--batch_size", str(BATCH), "--micro_batch_size", "4",
-        "--max_steps", str(steps), "--learning_rate", str(LEARNING_RATE), "--warmup_steps", "0", "--cutoff_len", str(CUTOFF),
-        "--lora_r", str(RANK), "--lora_alpha", str(ALPHA), "--lora_dropout", str(dropout), "--lora_target_modules",
+        "--max_steps", str(steps), "--learning_rate", str(LEARNING_RATE), "--warmup_steps", "0",
+        "--cutoff_len", str(CUTOFF), "--lora_r", str(RANK), "--lora_alpha", str(ALPHA), "--lora_dropout", str(dropout), "--lora_target_modules",
         ",".join(TARGETS), "--prompt_template_name", "alpaca", "--num_sample_answers", "0", "--save_steps", "100000",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)

@@ -1,8 +1,8 @@
 """The peer of bench_finetune.py: peft + the transformers Trainer on token ids that are handed to it.
 
-Runs in the peer's own environment and imports nothing of ours: `python peer_trainer.py JOB.json`, the result is the last
-line of standard output. JOB: model, rows (JSON file of {ids, labels}), recipe, output, steps, batch_size, learning_rate,
-rank, alpha, targets, seed.
+Runs in the peer's own environment and imports nothing of ours: `python peer_trainer.py JOB.json`, the result is the
+last line of standard output. JOB: model, rows (JSON file of {ids, labels}), recipe, output, steps, batch_size,
+learning_rate, rank, alpha, targets, seed.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python examples/make_shop_data.py examples/shop
 
 writes shop_train.json (what is trained on) and shop_questions.json (paraphrases held out, each with the facts that an
-answer must contain). The shop does not exist, so no base model can know the answers. Same program, same files: nothing is random.
+answer must contain). The shop does not exist, so no base model can know the answers. Same program, same files:
+nothing is random.
 """
 
 from __future__ import annotations

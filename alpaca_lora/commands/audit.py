@@ -49,7 +49,6 @@ def token_table(job: Job) -> Table:
     def token(number: int | None) -> str:
         return "none" if number is None else f"{number} {tokenizer.decode([number], skip_special=False)!r}"
 
-    ends = job.prepared.ledger.ends_share()
     lines = [
         ("vocabulary", f"{tokenizer.vocab_size:,} tokens, {job.base.config.vocab_size:,} embedding rows"),
         ("BOS", f"{token(tokenizer.bos_id)}, {'put' if tokenizer.add_bos else 'not put'} before each row"),
@@ -57,7 +56,7 @@ def token_table(job: Job) -> Table:
         ("generation stops at", ", ".join(token(number) for number in tokenizer.stop_ids)),
         ("template", f"{template.name}, from {template.source}, sha256 {template.digest[:12]}"),
         ("learned", "prompts and answers" if job.config.train_on_inputs else f"answers ({job.config.train_on_turns})"),
-        ("rows that teach stopping", f"{ends:.1%}"),
+        ("rows that teach stopping", f"{job.prepared.ledger.end_share:.1%}"),
     ]
     table = Table(title="tokens", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
@@ -128,7 +127,10 @@ def probe_table(job: Job, measured: Probe, figures: dict[str, Any], *, recalled:
     share = figures["trained_parameters"] / job.base.model.num_parameters()
     limit = memory_limit(job.config, job.compute.device)
     lines = [
-        ("trained", f"{figures['trained_parameters']:,} parameters ({share:.2%} of the base's), method {job.config.method}"),
+        (
+            "trained",
+            f"{figures['trained_parameters']:,} parameters ({share:.2%} of the base's), method {job.config.method}",
+        ),
         ("steps", f"{figures['steps']:,} of {job.config.batch_size} rows ({figures['epochs']:g} epochs)"),
         ("longest micro-batch", f"{measured.num_tokens:,} tokens, longest row {measured.longest_row:,}"),
         ("memory", f"{measured.needed_bytes / 2**30:.2f} GiB at its peak, {limit / 2**30:.2f} GiB may be taken"),

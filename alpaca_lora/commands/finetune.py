@@ -5,88 +5,44 @@ folder and lock -> base model -> template -> rows -> adapter -> loader -> (resum
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from alpaca_lora import __version__
-from alpaca_lora.adapters.base import Adapter, method_class
 from alpaca_lora.adapters.peft_format import save_adapter
-from alpaca_lora.adapters.record import AdapterRecord
+from alpaca_lora.commands.audit import audit
+from alpaca_lora.commands.job import Job, assemble, speaker
 from alpaca_lora.commands.schemas import FinetuneConfig
 from alpaca_lora.config import Resolved, dump
-from alpaca_lora.data.loader import Loader
-from alpaca_lora.data.prepare import Prepared, prepare
-from alpaca_lora.device import Compute, peak_memory_bytes, pick_compute, seed_everything
+from alpaca_lora.device import peak_memory_bytes
 from alpaca_lora.errors import Stopped
-from alpaca_lora.models.load import Base, load_base
-from alpaca_lora.text.rendered import Template
-from alpaca_lora.text.templates import load_template
+from alpaca_lora.inference.answer import answer_many
+from alpaca_lora.inference.request import SamplingParams
+from alpaca_lora.text.messages import Conversation, Message
 from alpaca_lora.training.checkpoint import STATE, Checkpoint, CheckpointStore
 from alpaca_lora.training.durable import replace_file
-from alpaca_lora.training.identity import RunIdentity
 from alpaca_lora.training.lock import RunLock
 from alpaca_lora.training.loss import causal_lm_loss
 from alpaca_lora.training.metrics import MetricsLog, open_trackers
 from alpaca_lora.training.progress import TrainingProgress
+from alpaca_lora.training.report import Report, SampleAnswer, write_report
 from alpaca_lora.training.run_folder import RunFolder
 from alpaca_lora.training.saver import Saver
-from alpaca_lora.training.schedule import total_steps, warmup_steps
 from alpaca_lora.training.signals import Interrupted, SignalFlag
 from alpaca_lora.training.state import TrainState
 from alpaca_lora.training.trainer import Trainer
 
-
-@dataclass(frozen=True)
-class Job:
-    """All that a run needs before the first step; `check` takes it as well."""
-
-    config: FinetuneConfig
-    compute: Compute
-    base: Base
-    template: Template
-    prepared: Prepared
-    adapter: Adapter
-    loader: Loader
-    val_loader: Loader | None
-
-    def identity(self) -> RunIdentity:
-        """What a checkpoint must share with this run to be resumed by it."""
-        steps = total_steps(self.config.num_epochs, self.config.max_steps, self.loader.steps_per_epoch)
-        return RunIdentity.of(
-            self.config.model_dump(), total_steps=steps, warmup_steps=warmup_steps(self.config.warmup_steps, steps),
-            fingerprints={
-                "base model": self.base.fingerprint, "template": self.template.digest,
-                "data": self.prepared.fingerprint, "dtype": self.compute.dtype_name,
-            },
-            data_hashes=self.prepared.data_hashes,
-        )  # fmt: skip
-
-    def record(self, state: TrainState) -> AdapterRecord:
-        """The adapter folder's alpaca_lora.json; no times in it, so that equal runs write equal files."""
-        tokenizer = self.base.tokenizer
-        metrics = {
-            "step": state.step, "train_loss": state.train_loss, "val_loss": state.val_loss,
-            "best_val_loss": state.best_val_loss, "best_step": state.best_step,
-        }  # fmt: skip
-        return AdapterRecord(
-            base_model=self.config.base_model, base_fingerprint=self.base.fingerprint,
-            template=self.template.to_record(), system_prompt=self.config.system_prompt,
-            stop_ids=list(tokenizer.stop_ids), stop_strings=list(self.template.stop_tokens),
-            add_bos=tokenizer.add_bos, add_eos=self.config.add_eos_token, tokenizer_fingerprint=tokenizer.fingerprint,
-            data_hashes=dict(self.prepared.data_hashes), config=self.config.model_dump(), metrics=metrics,
-            version=__version__,
-        )  # fmt: skip
+SAMPLE_TOKENS = 128  # of each answer in the report
 
 
 def run(config: FinetuneConfig, *, resolved: Resolved[FinetuneConfig], console: Console) -> dict[str, Any]:
     """Returns steps examples tokens supervised_tokens tokens_per_second peak_memory_bytes train_loss val_loss ..."""
     started = time.perf_counter()
-    say = _speaker(console)
+    say = speaker(console)
     console.print(dump(resolved))
     folder = RunFolder(Path(config.output_dir), say)
     with SignalFlag() as signals, RunLock(folder.path) as lock:
@@ -95,13 +51,12 @@ def run(config: FinetuneConfig, *, resolved: Resolved[FinetuneConfig], console: 
         try:
             checkpoint = folder.claim(config)
             job = assemble(config, console, signals)
-            signals.check()
-            # training/preflight.py joins here
+            audit(job, console, signals, measure_anew=False)
         except Interrupted as interrupted:
             what = f"stopped by {interrupted} before the first step: nothing was trained"
             raise Stopped(interrupted.signal_number, what) from None
         state = _train(job, folder, checkpoint, resolved, console, signals)
-        # training/report.py joins here
+        _report(job, state, folder, resolved, console)
         return {
             "steps": state.step, "examples": state.examples, "tokens": state.tokens,
             "supervised_tokens": state.supervised_tokens, "tokens_per_second": round(state.tokens_per_second, 1),
@@ -111,40 +66,6 @@ def run(config: FinetuneConfig, *, resolved: Resolved[FinetuneConfig], console: 
         }  # fmt: skip
 
 
-def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> Job:
-    """Load, prepare and attach; says what it found."""
-    say = _speaker(console)
-    compute = pick_compute(config.device, config.dtype, config.num_threads)
-    seed_everything(config.seed)
-    base = load_base(config.base_model, compute)
-    say(f"base model: {base.name}: {base.description} ({compute.reason})")
-    for notice in base.notices:
-        say(notice)
-    template = load_template(config.prompt_template_name, base.tokenizer)
-    say(f"template: {template.name} ({template.source}, sha256 {template.digest[:12]})")
-    prepared = prepare(
-        config, base.tokenizer, template, system_prompt=config.system_prompt, seed=config.seed,
-        on_progress=lambda *_: signals.check(),
-    )  # fmt: skip
-    console.print(prepared.ledger.table())
-    for message in prepared.messages:
-        say(message)
-    adapter = method_class(config.method).attach(base.model, config, seed=config.seed)
-    for message in getattr(adapter, "messages", ()):
-        say(message)
-    return Job(
-        config, compute, base, template, prepared, adapter,
-        loader=_loader(config, prepared.train), val_loader=_loader(config, prepared.val) if prepared.val else None,
-    )  # fmt: skip
-
-
-def _loader(config: FinetuneConfig, table: Any) -> Loader:
-    return Loader(
-        table, batch_size=config.batch_size, token_budget=config.micro_batch_size * config.cutoff_len, seed=config.seed,
-        group_by_length=config.group_by_length,
-    )  # fmt: skip
-
-
 def _train(
     job: Job, folder: RunFolder, checkpoint: Checkpoint | None, resolved: Resolved[FinetuneConfig], console: Console,
     signals: SignalFlag,
@@ -152,7 +73,7 @@ def _train(
     """From the job to the adapter in the output folder. The folder is first written to once nothing can be refused
     any more.
     """
-    config, say, identity = job.config, _speaker(console), job.identity()
+    config, say, identity = job.config, speaker(console), job.identity()
     if checkpoint is not None:
         identity.check(checkpoint.state()["run"], file=checkpoint.path / STATE)
     trackers = open_trackers(
@@ -186,9 +107,52 @@ def _train(
     return state
 
 
+def _report(
+    job: Job, state: TrainState, folder: RunFolder, resolved: Resolved[FinetuneConfig], console: Console
+) -> None:  # fmt: skip
+    """report.html in the output folder, with answers of the tuned model to questions of the validation rows."""
+    config = job.config
+    wanted = job.prepared.samples[: config.num_sample_answers]
+    questions = [question for row in wanted if (question := _question(row)) is not None]
+    params = SamplingParams(max_new_tokens=SAMPLE_TOKENS)
+    answers = answer_many(job.base, job.template, questions, params, system_prompt=config.system_prompt)
+    asked = [row for row in wanted if _question(row) is not None]
+    samples = [
+        SampleAnswer(_spelled(question.messages[-1]), row.messages[-1].content, answer.text)
+        for row, question, answer in zip(asked, questions, answers, strict=True)
+    ]
+    log = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    best = f"best, at step {state.best_step}" if state.best_step else ""
+    summary = [
+        ("base model", job.base.name, job.base.description), ("method", config.method, ""),
+        ("steps", f"{state.step:,}", f"{state.epoch:.2f} epochs"), ("rows", f"{state.examples:,}", "counted each time"),
+        ("tokens", f"{state.tokens:,}", f"{state.supervised_tokens:,} learned"),
+        ("speed", f"{state.tokens_per_second:,.0f}", "tokens per second of training"),
+        ("training loss", _number(state.train_loss), "mean over the run"),
+        ("validation loss", _number(state.best_val_loss), best),
+    ]  # fmt: skip
+    path = folder.path / "report.html"
+    write_report(path, Report(
+        title=f"{job.base.name}: {folder.path.name}", summary=summary, log=log, config=resolved.rows(),
+        rows=job.prepared.ledger.rows(), moved=job.adapter.moved(), samples=samples,
+    ))  # fmt: skip
+    speaker(console)(f"report: {path}")
+
+
+def _question(row: Conversation) -> Conversation | None:
+    """The row without its last answer; None where there is nothing to ask."""
+    if row.kind == "text" or row.messages[-1].role != "assistant" or len(row.messages) < 2:
+        return None
+    return dataclasses.replace(row, messages=row.messages[:-1])
+
+
+def _spelled(message: Message) -> str:
+    return f"{message.content}\n\n{message.context}" if message.context else message.content
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
 def _save(where: Path, job: Job, state: TrainState) -> None:
     save_adapter(where, job.adapter, job.record(state), allow_untrained=True)
-
-
-def _speaker(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)

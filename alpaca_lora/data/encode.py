@@ -185,8 +185,9 @@ class Encoder:
     def _end_each_turn(
         self, ids_T: np.ndarray, supervised_T: np.ndarray, rendered: Rendered, encoded: EncodedText, num_front: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """EOS behind each response but the last, which has it already: else a chat in an instruction template would teach
-        that a question follows the answer. Not where a token reaches over the response's end. Learned as its response is.
+        """EOS behind each response but the last, which has it already: else a chat in an instruction template would
+        teach that a question follows the answer. Not where a token reaches over the response's end. Learned as its
+        response is.
         """
         ends = [encoded.token_at(span.end) for span in rendered.responses[:-1]]
         at_N = np.array([num_front + token for token, reaches_out in ends if not reaches_out], dtype=np.int64)

@@ -90,7 +90,9 @@ def not_utf8(error: UnicodeDecodeError, data: bytes, offset: int, path: Path, li
 
 def _bad_json(error: json.JSONDecodeError, text: str, at: int, column: int, path: Path, line: int) -> DataError:
     around = text[max(0, at - EXCERPT // 2) : at + EXCERPT // 2]
-    where = f"column {column}, near {around!r}" if at < len(text) else f"column {column}, where it ends after {around!r}"
+    where = (
+        f"column {column}, near {around!r}" if at < len(text) else f"column {column}, where it ends after {around!r}"
+    )
     return DataError(f"not JSON: {error.msg} at {where}", file=path, line=line)
 
 

@@ -38,8 +38,8 @@ class _LoraAdd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         n = len(ctx.scales)
-        x_TD, u_TR = ctx.saved_tensors[:2]
-        As, Bs = ctx.saved_tensors[2 : 2 + n], ctx.saved_tensors[2 + n :]
+        x_TD, u_TR, *factors = ctx.saved_tensors  # asked once: each asking would recompute a checkpointed layer
+        As, Bs = factors[:n], factors[n:]
         dtype, ranks = x_TD.dtype, [a.shape[0] for a in As]
         g_TR = torch.cat([(dy @ b.to(dtype)).mul_(s) for dy, b, s in zip(grads, Bs, ctx.scales, strict=True)], dim=1)
         dBs = tuple(

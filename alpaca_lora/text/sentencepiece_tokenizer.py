@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from alpaca_lora.errors import ModelFileError
 from alpaca_lora.text.tokenizer_definition import TokenizerDefinition, bos_post_processor, special
@@ -46,9 +46,7 @@ def build_bpe(pieces: Pieces, *, merges: Sequence[tuple[str, ...]] | None = None
     backend = Tokenizer(
         models.BPE(vocab=vocab, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in pieces.types)
     )
-    replace = normalizers.Replace(" ", _SPACE)
-    # the space comes in front of each text between special tokens too, as in the files these models were published with
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if pieces.prefix else replace
+    backend.normalizer = _normalizer(pieces.prefix)
     backend.decoder = _decoder(pieces.prefix)
     return backend
 
@@ -58,8 +56,7 @@ def build_unigram(pieces: Pieces) -> Tokenizer:
     unknown = pieces.types.index(UNKNOWN) if UNKNOWN in pieces.types else None
     vocab = list(zip(pieces.tokens, pieces.scores, strict=True))
     backend = Tokenizer(models.Unigram(vocab, unknown, BYTE in pieces.types))
-    scheme = "always" if pieces.prefix else "never"
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=scheme, split=True)
+    backend.normalizer = _normalizer(pieces.prefix)
     backend.decoder = _decoder(pieces.prefix)
     return backend
 
@@ -138,6 +135,13 @@ def _kind(processor: sentencepiece.SentencePieceProcessor, index: int) -> int:
         return UNUSED
     # the library does not tell user-defined pieces apart; where that matters the probes differ
     return NORMAL
+
+
+def _normalizer(prefix: bool) -> normalizers.Normalizer:
+    """Spaces are spelled; the one in front comes before each text between special tokens too, as in the tokenizer.json
+    files that these models were published with."""
+    replace = normalizers.Replace(" ", _SPACE)
+    return normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if prefix else replace
 
 
 def _decoder(prefix: bool) -> decoders.Decoder:

@@ -20,7 +20,7 @@ from alpaca_lora.errors import ModelFileError
 from alpaca_lora.weights.gguf_config import config_from_gguf, find_architecture
 from alpaca_lora.weights.gguf_header import Block, read_gguf_header
 from alpaca_lora.weights.names import gguf_to_hf
-from alpaca_lora.weights.source import check_finite, fingerprint_of, middle
+from alpaca_lora.weights.source import check_finite, copy_serially, fingerprint_of, middle
 
 # The package works on 16 rows at a time, with a price per call; rows are one after another in the file, so they may be
 # cut anywhere between blocks. 16 rows of 4096 elements are two to four times faster than 16 rows of 576, and stay in
@@ -117,7 +117,7 @@ class GgufFile:
             part = torch.from_numpy(self._floats(name, block.type, start, size))
             check_finite(part, name, str(self.path))
             # llama.cpp keeps 1 + w of Gemma's norms; the subtraction must come before any rounding
-            flat[first : first + size].copy_(part - offset if offset else part)
+            copy_serially(flat[first : first + size], part - offset if offset else part)
         heads = self._permuted_heads(name)
         return _unpermute(out, heads) if heads else out
 

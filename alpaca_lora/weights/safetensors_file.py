@@ -22,14 +22,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from alpaca_lora.errors import MachineError, ModelFileError
-from alpaca_lora.weights.source import check_finite
+from alpaca_lora.weights.source import check_finite, copy_serially
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
 # A tensor has one brace, two brackets and about eight commas; many more can only be an attempt to exhaust the memory.
 MAX_SIGNS: Mapping[bytes, int] = {b"{": 2 * MAX_TENSORS, b"[": 3 * MAX_TENSORS, b",": 12 * MAX_TENSORS}
 MAX_DIMENSIONS = 8
-READ_ELEMENTS = 2**22
+READ_ELEMENTS = 2**20
 
 # size in bytes and torch's name, in the order of the official writer (widest first), which keeps every tensor aligned
 DTYPES: Mapping[str, tuple[int, torch.dtype]] = {
@@ -215,7 +215,7 @@ def read_entry(file: BinaryIO, name: str, entry: Entry, *, dtype: torch.dtype | 
             done += count
         check_finite(part, name, file.name)
         if scratch is not None:
-            place.copy_(part)
+            copy_serially(place, part)
     return out
 
 

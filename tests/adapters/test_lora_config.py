@@ -16,7 +16,10 @@ GOOD: dict[str, Any] = {**DEFAULTS, "target_modules": ["q_proj"]}
 
 @pytest.mark.parametrize(
     "pattern",
-    ["q_proj", "self_attn.q_proj", r"layers\.1\..*", r"model\.layers\.\d+\.mlp.*", "v", r"^model\.layers\.1\.mlp\.up_proj", "proj"],
+    [
+        "q_proj", "self_attn.q_proj", r"layers\.1\..*", r"model\.layers\.\d+\.mlp.*", "v",
+        r"^model\.layers\.1\.mlp\.up_proj", "proj",
+    ],
 )  # fmt: skip
 def test_patterns_match_what_peft_matches(pattern: str) -> None:
     from peft.utils.other import get_pattern_key

@@ -21,8 +21,8 @@ from tests.tiny import SPECIAL, tiny_model
 from tests.training.tiny_run import log_in
 
 FIGURES = {
-    "steps", "examples", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes", "train_loss", "val_loss",
-    "best_val_loss", "seconds", "output_dir",
+    "steps", "examples", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes", "train_loss",
+    "val_loss", "best_val_loss", "seconds", "output_dir",
 }  # fmt: skip
 
 
@@ -38,7 +38,8 @@ def save_tokenizer(folder: Path) -> None:
         "eos_token": "</s>",
         "pad_token": "<pad>",
         "tokenizer_class": "PreTrainedTokenizerFast",
-    }(folder / "tokenizer_config.json").write_text(json.dumps(names))
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
 
 
 @pytest.fixture(scope="module")

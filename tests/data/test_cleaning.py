@@ -35,7 +35,10 @@ def context(cleaner: Cleaner, text: str) -> str:
         ("\ufeffstart", "start"),
         ("\x1b[31mred\x1b[0m", "red"),
         ("tab\tand\nnewline", "tab\tand\nnewline"),
-        ("👩\u200d👩\u200d👧 \u200e中文\u200b", "👩\u200d👩\u200d👧 \u200e中文\u200b"),  # joiners and marks carry meaning
+        (
+            "👩\u200d👩\u200d👧 \u200e中文\u200b",
+            "👩\u200d👩\u200d👧 \u200e中文\u200b",
+        ),  # joiners and marks carry meaning
     ],
 )
 def test_control_characters(before: str, after: str) -> None:
@@ -74,12 +77,13 @@ def test_whitespace(before: str, after: str) -> None:
 
 
 NO_INPUT = [
-    "<noinput>", "No input", "Noinput", "No Input.", "No input required.", "no input needed", "<no input>", '"<noinput>"',
+    "<noinput>", "No input", "Noinput", "No Input.", "No input required.", "<no input>",
+    "no input needed", '"<noinput>"',
     "`<noinput>`", "< noinput >", "(no input)", "[noinput]", "<noinput", "<noinput?", "<noinputs>", "<noinpute>",
     "<noinput> 8", "<noinput>\n11", "N/A", "<N/A>", "<none>", "{\\noinput}", "No input is given",
 ]  # fmt: skip
 INPUTS = [
-    "No lemon", "No one will be able to solve this", "no", "None", "NA", "none of the students", "input", "No input file?",
+    "No lemon", "No one will do", "no", "None", "NA", "none of the students", "input", "No input file?",
     "A daisy wheel printer is a type of <noinput>", "0", "-", "NaCl", "Name: John", "No inputs were harmed", "<image>",
 ]  # fmt: skip
 

@@ -61,7 +61,7 @@ def test_a_mask_begins_and_ends_at_the_characters_of_the_answer(prompt: str, con
 
 @given(st.text(max_size=9), st.text(min_size=1, max_size=9))
 def test_a_token_over_the_border_is_not_learned_but_counted(prompt: str, answer: str) -> None:
-    """Every learned token lies wholly in the answer; what is left out is at most the one that reaches over its border."""
+    """Every learned token lies wholly in the answer; what reaches over its border is left out."""
     tokenizer = PairTokenizer()
     template = load_template("alpaca", BYTES)
     conversation = instruction(prompt, "", answer)

@@ -21,7 +21,9 @@ def table_of(lengths: list[int]) -> ExampleTable:
     )
 
 
-def loader_of(num_rows: int, *, batch_size: int, seed: int = 0, group_by_length: bool = False, budget: int = 100) -> Loader:
+def loader_of(
+    num_rows: int, *, batch_size: int, seed: int = 0, group_by_length: bool = False, budget: int = 100
+) -> Loader:
     lengths = np.random.default_rng(1).integers(1, 60, num_rows).tolist()
     return Loader(
         table_of(lengths), batch_size=batch_size, token_budget=budget, seed=seed, group_by_length=group_by_length

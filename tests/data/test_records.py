@@ -26,12 +26,16 @@ def cut(data: bytes, size: int) -> Iterator[bytes]:
 
 
 @given(st.lists(JSON_VALUES, min_size=1, max_size=6), st.integers(1, 40), st.sampled_from([None, 2]), st.booleans())
-def test_arrays_are_read_whole_however_they_are_cut(rows: list, size: int, indent: int | None, ascii_only: bool) -> None:
+def test_arrays_are_read_whole_however_they_are_cut(
+    rows: list, size: int, indent: int | None, ascii_only: bool
+) -> None:
     data = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     assert [record.value for record in read_json_values(cut(data, size), FILE)] == rows
 
 
-@given(st.lists(st.dictionaries(st.text(max_size=4), JSON_VALUES, max_size=3), min_size=1, max_size=6), st.integers(1, 40))
+@given(
+    st.lists(st.dictionaries(st.text(max_size=4), JSON_VALUES, max_size=3), min_size=1, max_size=6), st.integers(1, 40)
+)
 def test_lines_are_read_whole_however_they_are_cut(rows: list, size: int) -> None:
     data = "\r\n".join(json.dumps(row) for row in rows).encode()
     records = list(read_json_lines(cut(data, size), FILE))

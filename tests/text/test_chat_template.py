@@ -64,7 +64,7 @@ def test_text_and_ids_equal_transformers(
     bos = [tokenizer.bos_id] if tokenizer.add_bos and expected.startswith(FAMILIES[name][1] or " ") else []
     ours = bos + tokenizer.encode(rendered).ids
     if generate and name == "qwen3_like":  # the empty thought before a trained answer is written for the model
-        assert tokenizer.decode(ours, skip_special=False) == expected + "<think>\n\n</think>\n\n"
+        assert oracle.decode(ours) == expected + "<think>\n\n</think>\n\n"
     else:
         assert ids[: len(ours)] == ours
         assert not oracle.decode(ids[len(ours) :]).strip()  # a template may end with a line break after the last turn
@@ -105,15 +105,17 @@ def test_one_bos_and_no_special_token_out_of_a_row(name: str, families: dict[str
     plain = tokenizer.encode(families[name].render(chat(("user", "x"), ("assistant", "x")))).ids
     special = set(tokenizer.special_tokens.values())
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
-    final = ([tokenizer.bos_id] if tokenizer.add_bos else []) + ids
-    assert final.count(tokenizer.bos_id) == (1 if tokenizer.bos_id is not None else 0)
+    if tokenizer.bos_id is not None:
+        assert ([tokenizer.bos_id] if tokenizer.add_bos else []).count(tokenizer.bos_id) + ids.count(
+            tokenizer.bos_id
+        ) == 1
 
 
 def test_a_templates_bos_stays_where_we_add_none() -> None:
     text, bos, eos = FAMILIES["gemma"]
     tokenizer = byte_level(bos=bos, eos=eos, add_bos=False, chat_template=text)
     encoded = tokenizer.encode(load_template("chat", tokenizer).render(chat(("user", "q"), ("assistant", "a"))))
-    assert tokenizer.starts_with_bos(encoded) and encoded.ids.count(tokenizer.bos_id) == 1
+    assert tokenizer.starts_with_bos(encoded) and encoded.ids[1:].count(encoded.ids[0]) == 0
 
 
 def test_answers_keep_their_end_token_as_label(families: dict[str, ChatTemplate]) -> None:

@@ -13,9 +13,9 @@ from tests.training.tiny_run import in_child
 
 
 def test_a_live_run_is_refused_with_its_name(tmp_path: Path) -> None:
-    with RunLock(tmp_path), pytest.raises(UserError, match=rf"pid {os.getpid()}, host {socket.gethostname()}") as error:
-        with RunLock(tmp_path):
-            pass
+    ours = rf"pid {os.getpid()}, host {socket.gethostname()}"
+    with RunLock(tmp_path), pytest.raises(UserError, match=ours) as error, RunLock(tmp_path):
+        pass
     assert error.value.exit_code == 2
 
 

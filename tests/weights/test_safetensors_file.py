@@ -17,6 +17,7 @@ import torch
 from alpaca_lora.errors import MachineError, ModelFileError, NumericalError
 from alpaca_lora.weights.safetensors_file import (
     DTYPES,
+    READ_ELEMENTS,
     file_sha256,
     read_entry,
     read_header,
@@ -77,6 +78,20 @@ def test_reads_back_what_was_written(tmp_path: Path) -> None:
             assert same(read_entry(file, name, header.tensors[name]), tensor)
         converted = read_entry(file, "half", header.tensors["half"], dtype=torch.float32)
     assert same(converted, tensors["half"].float())
+
+
+def test_tensor_of_several_slices(tmp_path: Path) -> None:
+    weight = torch.arange(READ_ELEMENTS + 12_345).float()
+    for dtype in (torch.float32, torch.bfloat16):
+        write_safetensors(tmp_path / "a", {"w": weight.to(dtype)})
+        one = read_header(tmp_path / "a").tensors["w"]
+        with open(tmp_path / "a", "rb", buffering=0) as file:
+            for wanted in (torch.float32, torch.bfloat16):
+                assert torch.equal(read_entry(file, "w", one, dtype=wanted), weight.to(dtype).to(wanted))
+    weight[-1] = float("nan")
+    write_safetensors(tmp_path / "a", {"w": weight})
+    with open(tmp_path / "a", "rb") as file, pytest.raises(NumericalError):
+        read_entry(file, "w", read_header(tmp_path / "a").tensors["w"])
 
 
 def test_tensors_that_share_memory_are_both_written(tmp_path: Path) -> None:

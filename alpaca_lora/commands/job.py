@@ -1,0 +1,105 @@
+"""All that a run needs before its first step, put together from the rooms: `finetune` trains it, `check` shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from alpaca_lora import __version__
+from alpaca_lora.adapters.base import Adapter, method_class
+from alpaca_lora.adapters.record import AdapterRecord
+from alpaca_lora.commands.schemas import FinetuneConfig
+from alpaca_lora.data.loader import Loader
+from alpaca_lora.data.prepare import Prepared, prepare
+from alpaca_lora.device import Compute, pick_compute, seed_everything
+from alpaca_lora.models.load import Base, load_base
+from alpaca_lora.text.rendered import Template
+from alpaca_lora.text.templates import load_template
+from alpaca_lora.training.identity import RunIdentity
+from alpaca_lora.training.schedule import total_steps, warmup_steps
+from alpaca_lora.training.signals import SignalFlag
+from alpaca_lora.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Job:
+    """Configuration, model with adapter, and rows. ``loader`` gives the training batches, ``val_loader`` the others."""
+
+    config: FinetuneConfig
+    compute: Compute
+    base: Base
+    template: Template
+    prepared: Prepared
+    adapter: Adapter
+    loader: Loader
+    val_loader: Loader | None
+
+    def identity(self) -> RunIdentity:
+        """What a checkpoint must share with this run to be resumed by it."""
+        steps = total_steps(self.config.num_epochs, self.config.max_steps, self.loader.steps_per_epoch)
+        return RunIdentity.of(
+            self.config.model_dump(), total_steps=steps, warmup_steps=warmup_steps(self.config.warmup_steps, steps),
+            fingerprints={
+                "base model": self.base.fingerprint, "template": self.template.digest,
+                "data": self.prepared.fingerprint, "dtype": self.compute.dtype_name,
+            },
+            data_hashes=self.prepared.data_hashes,
+        )  # fmt: skip
+
+    def record(self, state: TrainState) -> AdapterRecord:
+        """The adapter folder's alpaca_lora.json; no times in it, so that equal runs write equal files."""
+        tokenizer = self.base.tokenizer
+        metrics = {
+            "step": state.step, "train_loss": state.train_loss, "val_loss": state.val_loss,
+            "best_val_loss": state.best_val_loss, "best_step": state.best_step,
+        }  # fmt: skip
+        return AdapterRecord(
+            base_model=self.config.base_model, base_fingerprint=self.base.fingerprint,
+            template=self.template.to_record(), system_prompt=self.config.system_prompt,
+            stop_ids=list(tokenizer.stop_ids), stop_strings=list(self.template.stop_tokens),
+            add_bos=tokenizer.add_bos, add_eos=self.config.add_eos_token, tokenizer_fingerprint=tokenizer.fingerprint,
+            data_hashes=dict(self.prepared.data_hashes), config=self.config.model_dump(), metrics=metrics,
+            version=__version__,
+        )  # fmt: skip
+
+
+def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> Job:
+    """Load, prepare and attach; says what it found."""
+    say = speaker(console)
+    compute = pick_compute(config.device, config.dtype, config.num_threads)
+    seed_everything(config.seed)
+    base = load_base(config.base_model, compute)
+    say(f"base model: {base.name}: {base.description} ({compute.reason})")
+    for notice in base.notices:
+        say(notice)
+    template = load_template(config.prompt_template_name, base.tokenizer)
+    say(f"template: {template.name} ({template.source}, sha256 {template.digest[:12]})")
+    prepared = prepare(
+        config, base.tokenizer, template, system_prompt=config.system_prompt, seed=config.seed,
+        on_progress=lambda *_: signals.check(),
+    )  # fmt: skip
+    console.print(prepared.ledger.table())
+    for message in prepared.messages:
+        say(message)
+    adapter = method_class(config.method).attach(base.model, config, seed=config.seed)
+    for message in getattr(adapter, "messages", ()):
+        say(message)
+    return Job(
+        config, compute, base, template, prepared, adapter,
+        loader=_loader(config, prepared.train), val_loader=_loader(config, prepared.val) if prepared.val else None,
+    )  # fmt: skip
+
+
+def _loader(config: FinetuneConfig, table: Any) -> Loader:
+    return Loader(
+        table, batch_size=config.batch_size, token_budget=config.micro_batch_size * config.cutoff_len, seed=config.seed,
+        group_by_length=config.group_by_length,
+    )  # fmt: skip
+
+
+def speaker(console: Console) -> Callable[[str], None]:
+    """Plain lines on the console, whatever they contain."""
+    return lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)

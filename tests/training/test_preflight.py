@@ -1,0 +1,108 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from alpaca_lora.adapters.lora import Lora
+from alpaca_lora.adapters.options import AdapterOptions
+from alpaca_lora.data.table import ExampleTable
+from alpaca_lora.errors import MachineError
+from alpaca_lora.training import preflight
+from alpaca_lora.training.loss import causal_lm_loss
+from alpaca_lora.training.preflight import Probe, check_fits, longest_batch, probe, smallest_change
+from alpaca_lora.training.probe_cache import ProbeCache
+from tests.tiny import tiny_model
+from tests.training.tiny_run import LENGTHS, table
+
+GIB = 2**30
+
+
+@dataclass
+class Sizes:
+    micro_batch_size: int = 4
+    cutoff_len: int = 32
+    seed: int = 7
+    gradient_checkpointing: bool = False
+    max_memory_gb: float | None = None
+
+
+def measured(*, per_token: int, baseline: int = GIB, num_tokens: int = 2048) -> Probe:
+    return Probe(baseline, baseline + per_token * num_tokens, num_tokens, 512, 300.0, 0)
+
+
+def probed(sizes: Sizes, **overrides):
+    model = tiny_model()
+    adapter = Lora.attach(model, AdapterOptions(lora_r=4, lora_dropout=0.1), seed=7)
+    before = {name: p.detach().clone() for name, p in adapter.trained_parameters()}
+    result = probe(model, adapter, causal_lm_loss, ExampleTable.from_examples(table()), sizes, **overrides)
+    return result, adapter, before
+
+
+def test_longest_batch_takes_the_longest_rows_that_fit():
+    batch = longest_batch(ExampleTable.from_examples(table()), 60)
+    assert batch.lengths == (29, 23)  # 29 + 23 + 17 > 60
+    assert longest_batch(ExampleTable.from_examples(table()), 1).lengths == (29,)  # one row at least
+
+
+def test_probe_measures_and_leaves_no_trace():
+    result, adapter, before = probed(Sizes())
+    assert result.num_tokens == sum(LENGTHS) and result.longest_row == max(LENGTHS)
+    assert result.tokens_per_second > 0 and result.peak_bytes >= result.baseline_bytes > 0
+    assert result.optimizer_bytes == 12 * sum(p.numel() for p in before.values())
+    for name, parameter in adapter.trained_parameters():
+        assert parameter.grad is None and torch.equal(parameter, before[name])
+    assert adapter.rows.keys_T is None
+
+
+def test_run_that_cannot_fit_is_refused_with_the_smallest_change():
+    with pytest.raises(MachineError, match=r"needs .* GiB at its peak and may take 0.00 GiB") as caught:
+        probed(Sizes(max_memory_gb=0.001))
+    assert caught.value.exit_code == 4 and caught.value.fix
+
+
+def test_out_of_memory_in_the_probe_is_one_message():
+    def loss(model, batch, num_supervised):
+        raise torch.OutOfMemoryError("no")
+
+    model = tiny_model()
+    adapter = Lora.attach(model, AdapterOptions(lora_r=4), seed=7)
+    with pytest.raises(MachineError, match="out of memory in the probe of"):
+        probe(model, adapter, loss, ExampleTable.from_examples(table()), Sizes())
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes", "change"),
+    [
+        # 1 GiB + 2048 tokens of 1 MiB = 3 GiB, and 5 % reserve
+        (2.7, Sizes(4, 512), "--micro_batch_size 3"),
+        (1.6, Sizes(4, 512), "--micro_batch_size 1"),
+        (1.3, Sizes(4, 512), "--gradient_checkpointing --micro_batch_size 2"),
+        (1.5, Sizes(1, 2048), "--gradient_checkpointing"),
+        (1.3, Sizes(4, 512, gradient_checkpointing=True), "--cutoff_len 2"),
+        (0.5, Sizes(4, 512), "smaller base model"),
+    ],
+)
+def test_smallest_change(limit, sizes, change):
+    result = measured(per_token=2**20)
+    with pytest.raises(MachineError) as caught:
+        check_fits(result, int(limit * GIB), sizes)
+    assert change in caught.value.fix
+    tokens = 512 * int(caught.value.fix.split("micro_batch_size ")[1].split()[0]) if "micro_batch" in change else 0
+    if "checkpointing" not in change and tokens:
+        # the promise of the message: so many tokens fit by the same arithmetic
+        assert (GIB + tokens * 2**20) * (1 + preflight.RESERVE) <= limit * GIB
+
+
+def test_what_fits_is_not_refused():
+    check_fits(measured(per_token=2**20), 4 * GIB, Sizes(4, 512))
+    assert "micro_batch_size" in smallest_change(measured(per_token=2**20), 3 * GIB, 2 * GIB, Sizes(4, 512))
+
+
+def test_probe_is_remembered_for_the_same_facts_only(tmp_path):
+    result = measured(per_token=5)
+    cache = ProbeCache(tmp_path / "new", {"base": "a", "lengths": [1, 2]})
+    assert cache.recall() is None
+    assert cache.remember(result) and cache.recall() == result
+    assert ProbeCache(tmp_path / "new", {"base": "b", "lengths": [1, 2]}).recall() is None
+    cache.path.write_text('{"something": "else"}')
+    assert cache.recall() is None
