@@ -22,13 +22,14 @@ from rich.markup import escape
 from rich.table import Table
 from yaml.reader import Reader
 
-from alpaca_lora.errors import ConfigError, nearest
+from alpaca_lora.errors import AlpacaLoraError, ConfigError, nearest
 from alpaca_lora.flags import Flag, parse_flags, split_list
 from alpaca_lora.yaml_reader import read_yaml, resolve_scalar
 
 CONFIG_KEY = "config"
 # what YAML cannot hold, and the line breaks of Unicode that it folds into a space
 _UNSAFE = re.compile(Reader.NON_PRINTABLE.pattern + "|[\x85\u2028\u2029\ufeff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_SHOWN = 20  # problems in one message
 _BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="), ("multiple_of", "a multiple of"))
 _WORD_TYPES: Mapping[Any, str] = types.MappingProxyType(
@@ -57,15 +58,30 @@ class Options(BaseModel):
         if not isinstance(data, dict):
             return data
         fields = cls.model_fields
-        return {
+        split = {
             key: split_list((value,), key, commas=_splits_commas(fields[key]))
             if isinstance(value, str) and key in fields and _takes_list(fields[key].annotation)
             else value
             for key, value in data.items()
         }
+        for key, value in split.items():
+            _refuse_unusable(key, value)
+        return split
+
+
+def _refuse_unusable(key: str, value: Any) -> None:
+    """What no field can use, whatever its type: no room has to think of these."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, int) and item.bit_length() > 63:
+            raise ConfigError("the number is too large", field=key, expected="at most 2^63 - 1")
+        if isinstance(item, str) and "\0" in item:
+            raise ConfigError("holds a NUL character", field=key, fix="delete it")
+        if isinstance(item, str) and _SURROGATE.search(item):
+            raise ConfigError("is not valid Unicode", field=key, fix="write it in UTF-8")
 
 
 T = TypeVar("T", bound=Options)
+E = TypeVar("E", bound=AlpacaLoraError)
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,18 @@ def keys_of(schema: type[Options]) -> list[str]:
     """The keys of a schema, room by room in the order in which the schema names its rooms."""
     declared = [key for room in schema.__mro__ for key in inspect.get_annotations(room)]
     return [key for key in dict.fromkeys(declared) if key in schema.model_fields]
+
+
+def located(error: E, origins: Mapping[str, str]) -> E:
+    """The same error with the file and line, or the flag, that its field came from; itself where it has a place."""
+    origin = origins.get(error.field or "")
+    if error.file is not None or origin is None or origin in ("default", "problem"):
+        return error
+    parts: dict[str, Any] = {"expected": error.expected, "fix": error.fix}
+    if origin == "flag":
+        return type(error)(error.what, field=f"--{error.field}", **parts)
+    file, _, line = origin.rpartition(":")
+    return type(error)(error.what, file=file, line=int(line), field=error.field, **parts)
 
 
 def dump(resolved: Resolved[Any]) -> Table:
@@ -226,7 +254,7 @@ def _validate(
     try:
         return schema.model_validate(values, strict=True)
     except ConfigError as error:
-        problems.append(_located(error, origins))
+        problems.append(located(error, origins))
     except ValidationError as error:
         by_key: dict[str, list[Any]] = {}
         for detail in error.errors(include_url=False):
@@ -248,7 +276,7 @@ def _field_problem(key: str, details: list[Any], schema: type[Options], origins:
     detail = details[0]
     cause = detail.get("ctx", {}).get("error")
     if field is None or (detail["type"] == "value_error" and cause is not None):
-        return _located(ConfigError(str(cause or detail["msg"]), field=key or None), origins)
+        return located(ConfigError(str(cause or detail["msg"]), field=key or None), origins)
     expected = describe(field)
     if detail["type"] == "missing":
         return ConfigError(
@@ -261,25 +289,15 @@ def _field_problem(key: str, details: list[Any], schema: type[Options], origins:
         fix = f"did you mean {hint[0]!r}?" if hint else None
     elif detail["type"] == "string_type" and isinstance(given, bool | int | float):
         fix = "put it into quotes if it is text"
-    shown = repr(given) if len(repr(given)) <= 60 else repr(given)[:57] + "..."
-    return _located(ConfigError(f"{shown} is not possible", field=key, expected=expected, fix=fix), origins)
-
-
-def _located(error: ConfigError, origins: dict[str, str]) -> ConfigError:
-    """The same error with the file and line, or the flag, that its field came from."""
-    origin = origins.get(error.field or "")
-    if error.file is not None or origin is None or origin in ("default", "problem"):
-        return error
-    if origin == "flag":
-        return ConfigError(error.what, field=f"--{error.field}", expected=error.expected, fix=error.fix)
-    file, _, line = origin.rpartition(":")
-    return ConfigError(error.what, file=file, line=int(line), field=error.field, expected=error.expected, fix=error.fix)
+    shown = json.dumps(given) if given is None or isinstance(given, bool) else repr(given)  # as YAML spells it
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return located(ConfigError(f"{shown} is not possible", field=key, expected=expected, fix=fix), origins)
 
 
 def _unknown_key(
     key: str, schema: type[Options], command: str, *, file: str | None = None, line: int | None = None
 ) -> ConfigError:
-    hint = nearest(key, [*schema.model_fields, CONFIG_KEY])
+    hint = nearest(key, [*schema.model_fields, *([] if file else [CONFIG_KEY])])
     fix = f"did you mean {hint[0]!r}?" if hint else f"`alpaca-lora {command} --help` lists the keys"
     field = key if file else f"--{key}"
     return ConfigError(f"unknown key of {command}", file=file, line=line, field=field, fix=fix)

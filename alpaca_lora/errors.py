@@ -90,5 +90,8 @@ class Stopped(AlpacaLoraError):
 
 
 def nearest(name: str, known: Iterable[str], *, count: int = 1) -> list[str]:
-    """The ``count`` names of ``known`` most like ``name``; empty when none is alike. For "did you mean" hints."""
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    """The ``count`` names of ``known`` most like ``name``, whatever the case; empty when none is alike. For "did you
+    mean" hints.
+    """
+    spelled = {one.lower(): one for one in reversed(list(known))}
+    return [spelled[found] for found in difflib.get_close_matches(name.lower(), list(spelled), n=count, cutoff=0.5)]

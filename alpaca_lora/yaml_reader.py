@@ -31,6 +31,7 @@ from alpaca_lora.errors import ConfigError
 MAX_BYTES = 256 * 1024  # a configuration is some fifty lines; PyYAML reads about 1 MB in a second
 MAX_KEYS = 1000
 MAX_LIST = 10_000
+MAX_DIGITS = 64  # of an integer; longer ones are read as floats (Python refuses to convert 4,300 digits)
 
 Scalar: TypeAlias = str | int | float | bool | None
 Value: TypeAlias = Scalar | list[Scalar]
@@ -94,7 +95,7 @@ def resolve_scalar(text: str) -> Scalar:
     """A plain (unquoted) scalar by YAML 1.2's core schema: null, bool, int, float, else text."""
     if text in _WORDS:
         return _WORDS[text]
-    if _INTEGER.fullmatch(text):
+    if len(text) <= MAX_DIGITS and _INTEGER.fullmatch(text):
         return int(text.replace("_", ""))
     if _FLOAT.fullmatch(text):
         return float(text.replace("_", ""))

@@ -94,7 +94,7 @@ def test_a_commands_help_does_not_import_torch() -> None:
 def test_help_names_type_default_and_room(run: Run) -> None:
     out = run("finetune", "--help")[1]
     assert "\nadapter:\n" in out
-    assert "  --lora_r  an integer >= 1\n" in out
+    assert "  --lora_r  an integer >= 1 and <= 16384\n" in out
     assert "(default: q_proj,v_proj)" in " ".join(out.split())
     assert "(required)" in out
 

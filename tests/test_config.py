@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from alpaca_lora.config import Options, Resolved, describe, dump, keys_of, resolve
-from alpaca_lora.errors import ConfigError
+from alpaca_lora.config import Options, Resolved, describe, dump, keys_of, located, resolve
+from alpaca_lora.errors import ConfigError, DataError, Stopped, UserError
 
 
 class PathOptions(Options):
@@ -147,7 +147,7 @@ def test_file_values(write, line: str, key: str, value: object) -> None:
         ("zzzzzzz: 8", "{}:2: zzzzzzz: unknown key of tiny, `alpaca-lora tiny --help` lists the keys"),
         ("rank: '8'", "{}:2: rank: '8' is not possible, expected an integer >= 1"),
         ("rank: 8.0", "{}:2: rank: 8.0 is not possible, expected an integer >= 1"),
-        ("rank: true", "{}:2: rank: True is not possible, expected an integer >= 1"),
+        ("rank: true", "{}:2: rank: true is not possible, expected an integer >= 1"),
         ("rank: 0", "{}:2: rank: 0 is not possible, expected an integer >= 1"),
         ("rank: 010", "{}:2: rank: '010' is not possible, expected an integer >= 1"),
         ("rate: .nan", "{}:2: rate: nan is not possible, expected a number > 0"),
@@ -260,12 +260,13 @@ def test_dump_shows_each_key_its_value_and_its_origin(write) -> None:
     assert set(TinyConfig.model_fields) <= set(rows)
 
 
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 values: dict[str, Any] = {
-    "base": st.text(),
-    "note": st.none() | st.text(),
-    "files": st.lists(st.text(), max_size=3),
+    "base": texts,
+    "note": st.none() | texts,
+    "files": st.lists(texts, max_size=3),
     "rate": st.floats(min_value=1e-300, max_value=1e300),
-    "size": st.integers(0, 2**70) | st.floats(0, 1),
+    "size": st.integers(0, 2**63 - 1) | st.floats(0, 1),
     "group": st.booleans(),
     "targets": st.lists(
         st.sampled_from(["no", "1e-4", "null", "a,b", "#x", "a: b", "- a", "[q", "é", "1"]), min_size=1
@@ -277,10 +278,37 @@ values: dict[str, Any] = {
 def test_the_saved_file_reads_back_to_the_same_values(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "roundtrip.yml"
     resolved = Resolved(TinyConfig(**data), dict.fromkeys(TinyConfig.model_fields, "default"), "tiny")
-    path.write_text(resolved.to_yaml(), encoding="utf-8", errors="surrogatepass")
-    if any("\ud800" <= c <= "\udfff" for c in resolved.to_yaml()):
-        return
+    path.write_text(resolved.to_yaml(), encoding="utf-8")
     assert run("--config", str(path)).value == resolved.value
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--note=a\0b",), "--note: holds a NUL character, delete it"),
+        (("--note=a\udcff",), "--note: is not valid Unicode, write it in UTF-8"),
+        (("--files=a\0b",), "--files: holds a NUL character, delete it"),
+        ((f"--rank={2**63}",), "--rank: the number is too large, expected at most 2^63 - 1"),
+        ((f"--rank={'9' * 5000}",), "--rank: inf is not possible, expected an integer >= 1"),
+    ],
+)
+def test_what_no_field_can_use_is_refused_for_all_rooms(words: tuple[str, ...], message: str) -> None:
+    assert problem("--base=m", *words) == message
+
+
+def test_an_error_of_a_room_gets_the_place_its_key_was_written_at(write) -> None:
+    path = write("base: m\nrank: 16\n")
+    origins = resolve(TinyConfig, ["--config", path, "--note=x"], "tiny").origins
+    error = UserError("is odd", field="rank", expected="even", fix="add 1")
+    assert str(located(error, origins)) == f"{path}:2: rank: is odd, expected even, add 1"
+    assert type(located(error, origins)) is UserError
+    assert str(located(ConfigError("is odd", field="note"), origins)) == "--note: is odd"
+    for placed in (
+        ConfigError("is odd", field="files"),
+        DataError("is odd", file="f", field="rank"),
+        Stopped(2, "end"),
+    ):
+        assert located(placed, origins) is placed
 
 
 def test_describe_names_type_and_limits() -> None:

@@ -50,4 +50,6 @@ def test_a_stop_has_the_signals_exit_code() -> None:
 def test_nearest() -> None:
     assert nearest("lora_rank", ["lora_r", "learning_rate"]) == ["lora_r"]
     assert nearest("zzz", ["lora_r"]) == []
+    assert nearest("LoRA", ["lora"]) == ["lora"]
+    assert nearest("lora", ["LORA", "ADALORA"]) == ["LORA"]
     assert nearest("q_prj", ["q_proj", "k_proj", "o_proj"], count=2)[0] == "q_proj"

@@ -15,7 +15,8 @@ from torch import nn
 
 from alpaca_lora.adapters.lora_config import DEFAULTS, Setting, check_config, settings
 from alpaca_lora.adapters.targets import find_targets, peft_spec, peft_targets
-from alpaca_lora.errors import AdapterError, ConfigError, NumericalError
+from alpaca_lora.device import available_memory_bytes
+from alpaca_lora.errors import AdapterError, ConfigError, MachineError, NumericalError
 from alpaca_lora.kernels.dropout import DropoutKey
 from alpaca_lora.kernels.lora import lora_add
 from alpaca_lora.models.linear import project
@@ -158,7 +159,10 @@ class Lora:
         names, problems = peft_targets(model, config)
         if not names:
             raise AdapterError(
-                "; ".join(problems), file=file, field="target_modules", fix="is this the right base model?"
+                "; ".join(problems) or "names no linear of this model",
+                file=file,
+                field="target_modules",
+                fix="is this the right base model?",
             )
         shapes: dict[str, tuple[int, ...]] = {}
         for name, setting in settings(config, names).items():
@@ -181,6 +185,8 @@ class Lora:
         messages = check_config(config, file=file)
         names, problems = peft_targets(model, config)
         messages += [f"{file}: target_modules: {problem}" for problem in problems]
+        if not any(bool(tensors[peft_key(name, "B")].any()) for name in names):
+            messages.append(f"{file}: the adapter changes nothing: every lora_B is zero")
         return cls._put_on(model, dict(config), settings(config, names), messages, tensors, trainable=trainable)
 
     @classmethod
@@ -194,6 +200,8 @@ class Lora:
             raise ConfigError(
                 "the head cannot be trained yet by method lora", field="lora_target_modules", expected="other linears"
             )
+        if tensors is None:
+            _check_memory(model, chosen)
         model.requires_grad_(False)
         rows = DropoutRows(float(config.get("lora_dropout") or 0.0))
         layers: dict[str, LoRALinear] = {}
@@ -335,6 +343,17 @@ def _check_free(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if any(name == other or name.startswith(other + ".") for other in taken):
             raise AdapterError("already carries an adapter", field=name, fix="merge or remove that one first")
+
+
+def _check_memory(model: nn.Module, chosen: Mapping[str, Setting]) -> None:
+    """MachineError before matrices are made that this machine cannot hold."""
+    sizes = (setting.rank * sum(_features(model.get_submodule(name))) for name, setting in chosen.items())
+    needed, available = 4 * sum(sizes), available_memory_bytes()  # they are made on the CPU
+    if needed > available:
+        raise MachineError(
+            f"the adapter's matrices need {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free", field="lora_r",
+            fix="choose a lower rank or fewer targets",
+        )  # fmt: skip
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -34,6 +34,7 @@ IGNORED = (
     "qalora_group_size", "ensure_weight_tying", "runtime_config", "target_modules_to_tie",
 )  # fmt: skip
 # Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take a part out of its weights.
+MAX_ALPHA = 1e6  # far from what float32 cannot hold
 SAFE_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -52,11 +53,11 @@ def check_config(config: Mapping[str, Any], *, file: str | PathLike[str] | None 
     came from one.
     """
     _check_number(config, "r", file, "a whole number of at least 1", lambda v: type(v) is int and v >= 1)
-    _check_number(config, "lora_alpha", file, "a positive number", _is_positive)
+    _check_number(config, "lora_alpha", file, f"a number above 0, at most {MAX_ALPHA:g}", _is_alpha)
     _check_number(config, "lora_dropout", file, "at least 0 and below 1", lambda v: _is_finite(v) and 0 <= v < 1)
     for key, item, meets in (
         ("rank_pattern", "whole numbers of at least 1", lambda v: type(v) is int and v >= 1),
-        ("alpha_pattern", "positive numbers", _is_positive),
+        ("alpha_pattern", f"numbers above 0, at most {MAX_ALPHA:g}", _is_alpha),
     ):
         value = config.get(key) or {}
         if not isinstance(value, dict) or not all(meets(v) for v in value.values()):
@@ -66,6 +67,7 @@ def check_config(config: Mapping[str, Any], *, file: str | PathLike[str] | None 
     targets = config.get("target_modules")
     if not (isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(t, str) for t in targets))):
         raise _error(file, "target_modules", f"is {targets!r}", "names or a regular expression")
+    _check_selection(config, file)
     _refuse_unbuilt(config, file)
     known = {*DEFAULTS, *REFUSED, *IGNORED}
     return [
@@ -73,6 +75,25 @@ def check_config(config: Mapping[str, Any], *, file: str | PathLike[str] | None 
         for key in sorted(config)
         if key not in known
     ]
+
+
+def _check_selection(config: Mapping[str, Any], file: str | PathLike[str] | None) -> None:
+    """The keys beside target_modules that say which modules: their types, and that expressions are expressions."""
+    for key, item, words in (
+        ("exclude_modules", str, "names or a regular expression"),
+        ("layers_pattern", str, "names of lists of layers"),
+        ("layers_to_transform", int, "numbers of layers"),
+    ):
+        value = config.get(key)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(one) is item for one in items):
+            raise _error(file, key, f"is {value!r}", words)
+        expressions = items if key == "layers_pattern" else [value] if isinstance(value, str) else []
+        for expression in expressions:
+            _compiled(expression, key, file)
+    targets = config["target_modules"]
+    if file is not None and isinstance(targets, str):
+        _compiled(targets, "target_modules", file)
 
 
 def _refuse_unbuilt(config: Mapping[str, Any], file: str | PathLike[str] | None) -> None:
@@ -119,8 +140,8 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_positive(value: Any) -> bool:
-    return _is_finite(value) and value > 0
+def _is_alpha(value: Any) -> bool:
+    return _is_finite(value) and 0 < value <= MAX_ALPHA
 
 
 def _check_number(

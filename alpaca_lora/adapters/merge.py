@@ -20,7 +20,7 @@ from torch import nn
 from alpaca_lora.adapters.base import Adapter
 from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord
 from alpaca_lora.device import Compute
-from alpaca_lora.errors import NumericalError, UserError
+from alpaca_lora.errors import AdapterError, NumericalError, UserError
 from alpaca_lora.models.attention import Packed
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.models.load import Base, load_base
@@ -69,10 +69,12 @@ def merge_into_folder(
     logit that is accepted; None: `FLOAT32_BOUND`, or for bfloat16 `BFLOAT16_BOUND` times the logits' spread.
     The folder appears whole and only after it passed.
 
-    Raises UserError when `folder` exists and is not empty, NumericalError when a merged weight is not finite or a bound
-    is passed, MachineError when the disk fails.
+    Raises UserError when `folder` exists and is not empty, AdapterError when the adapter is all zero, NumericalError
+    when a merged weight is not finite or a bound is passed, MachineError when the disk fails.
     """
     check_free(folder)
+    if not any(adapter.moved().values()):
+        raise AdapterError("the adapter changes nothing: every update is zero", fix="give a trained adapter")
     target = Path(os.path.abspath(folder))
     ids, lengths = _prompt_ids(base)
     wanted_TV = _logits(base.model, ids, lengths)
@@ -102,8 +104,14 @@ def merge_into_folder(
 def check_free(folder: str | PathLike[str]) -> None:
     """UserError when something that is not an empty folder lies where the merged model is to be written."""
     target = Path(folder)
-    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
-        raise UserError("exists already", file=target, fix="give another name, or remove it first")
+    try:
+        if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+            raise UserError("exists already", file=target, fix="give another name, or remove it first")
+    except OSError as error:
+        raise UserError(f"cannot be used: {error.strerror}", file=target, field="output_dir") from error
+    parent = next((one for one in Path(os.path.abspath(target)).parents if one.exists()), None)
+    if parent is not None and not parent.is_dir():
+        raise UserError("is a file, not a folder", file=parent, field="output_dir", fix="choose another folder")
 
 
 def storage_dtype(model: nn.Module) -> torch.dtype:

@@ -11,9 +11,9 @@ class AdapterOptions(Options):
     """The adapter's part of the configuration."""
 
     method: str = Field("lora", description="adaptation method")
-    lora_r: int = Field(8, ge=1, description="rank of the update")
+    lora_r: int = Field(8, ge=1, le=16384, description="rank of the update")
     lora_alpha: float = Field(
-        16.0, gt=0, description="the update is scaled by alpha / rank (rsLoRA: alpha / sqrt(rank))"
+        16.0, gt=0, le=1_000_000, description="the update is scaled by alpha / rank (rsLoRA: alpha / sqrt(rank))"
     )
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="share of the adapter's input dropped in training")
     lora_target_modules: list[str] = Field(

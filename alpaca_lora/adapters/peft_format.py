@@ -21,7 +21,7 @@ from torch import nn
 
 from alpaca_lora.adapters.base import Adapter, method_class
 from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord, read_record
-from alpaca_lora.errors import AdapterError, ModelFileError, UserError, nearest
+from alpaca_lora.errors import AdapterError, ModelFileError, NumericalError, UserError, nearest
 from alpaca_lora.weights.safetensors_file import (
     disk_error,
     file_sha256,
@@ -146,8 +146,9 @@ def read_config(folder: str | PathLike[str]) -> dict[str, Any]:
     UserError: no such folder or file. ModelFileError: damaged. AdapterError: a type that we do not have.
     """
     path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        what = "no such folder" if not Path(folder).is_dir() else f"no {CONFIG_NAME}"
+    if not os.path.isfile(path):
+        what = "is not a folder" if os.path.isfile(folder) else "no such folder"
+        what = f"no {CONFIG_NAME}" if os.path.isdir(folder) else what
         raise UserError(what, file=folder, expected=f"an adapter folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ModelFileError(f"{path.stat().st_size} bytes", file=path, expected=f"at most {MAX_CONFIG_BYTES}")
@@ -172,8 +173,8 @@ def load_adapter(
 
     The record is None for a folder without alpaca_lora.json. What the user should be told is in the adapter's
     `messages`. Raises AdapterError: other base than it was trained on (unless `ignore_base_mismatch`), missing, extra
-    or misshapen tensors, a type or setting that is not supported. ModelFileError: damaged files. UserError: no such
-    folder, or only pickled weights.
+    or misshapen tensors, a type or setting that is not supported. ModelFileError: damaged files. NumericalError: a
+    weight is not finite. UserError: no such folder, or only pickled weights.
     """
     root = adapter_folder(folder, name)
     config = read_config(root)
@@ -193,8 +194,11 @@ def load_adapter(
         )  # fmt: skip
     tensors = read_safetensors(weights)
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise ModelFileError("holds NaN, Inf or no floating point numbers", file=weights, field=key)
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelFileError(f"is stored as {kind}", file=weights, field=key, expected="floating point numbers")
+        if not torch.isfinite(tensor).all():
+            raise NumericalError("holds NaN or Inf", file=weights, field=key, fix="use an earlier checkpoint")
     return method.from_peft(model, config, tensors, trainable=trainable, file=root / CONFIG_NAME), record
 
 

@@ -50,7 +50,7 @@ class AdapterRecord:
         """
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ModelFileError(f"not JSON: {error}", file=file, fix=_FIX) from error
         if not isinstance(content, dict):
             raise ModelFileError("not a JSON object", file=file, fix=_FIX)

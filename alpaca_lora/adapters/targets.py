@@ -90,7 +90,7 @@ def _problem(entry: str, others: list[str], modules: Mapping[str, nn.Module], li
     if entry.rpartition(".")[2] in HEADS:
         return f"{entry!r} matches nothing: the head of this model is its embedding (tied) and has no linear of its own"
     known = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-    alike = nearest(entry, known, count=3) or nearest(entry, linears, count=3)
+    alike = nearest(entry, [*known, ALL_LINEAR], count=3) or nearest(entry, linears, count=3)
     hint = f"nearest: {', '.join(alike)}" if alike else f"linears here: {', '.join(known[:12]) or 'none'}"
     return f"{entry!r} matches nothing ({hint})"
 

@@ -1,4 +1,4 @@
-"""`alpaca-lora check`: everything that a run meets before its first step, shown; nothing is trained or written."""
+"""`alpaca-lora check`: everything that a run meets before its first step, shown; trains nothing, writes no output."""
 
 from __future__ import annotations
 

@@ -10,12 +10,13 @@ import re
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 
 from alpaca_lora.adapters.peft_format import load_adapter
-from alpaca_lora.adapters.record import AdapterRecord
+from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord
 from alpaca_lora.commands.chat import Chat
 from alpaca_lora.commands.schemas import GenerateConfig
 from alpaca_lora.config import Resolved
@@ -116,10 +117,10 @@ def _prompt_format(config: GenerateConfig, base: Base, console: Console) -> Prom
     record = None
     if config.lora_weights is not None:
         record = _load_adapter(config.lora_weights, base, console)
-    if record is None or not record.template:
+    if record is None or config.lora_weights is None or not record.template:
         template = load_template(config.prompt_template_name, base.tokenizer)
         return PromptFormat.of(template, base.tokenizer, system_prompt=config.system_prompt)
-    trained = PromptFormat.from_record(record, base.tokenizer)
+    trained = PromptFormat.from_record(record, base.tokenizer, file=Path(config.lora_weights) / RECORD_NAME)
     if record.tokenizer_fingerprint and record.tokenizer_fingerprint != base.tokenizer.fingerprint:
         _warn(console, "the adapter was trained with another tokenizer than this base model has")
     if config.system_prompt is not None and config.system_prompt != trained.system_prompt:

@@ -33,14 +33,14 @@ class GenerateConfig(ModelOptions, GenerationOptions, TextOptions):
 class MergeOptions(Options):
     """What is merged and where it is written."""
 
-    lora_weights: str = Field(description="adapter folder in PEFT's format")
-    output_dir: str = Field(description="Hugging Face folder to write; it must not hold a model yet")
+    lora_weights: str = Field(min_length=1, description="adapter folder in PEFT's format")
+    output_dir: str = Field(min_length=1, description="Hugging Face folder to write; it must not hold a model yet")
     max_logit_difference: float | None = Field(
         None,
         gt=0,
         description="refuse to publish when merged and base + adapter differ by more; none: what rounding explains",
     )
-    max_shard_gb: float = Field(4.0, gt=0, description="size of a weight file, in GB (1e9 bytes)")
+    max_shard_gb: float = Field(4.0, gt=0, le=1_000_000, description="size of a weight file, in GB (1e9 bytes)")
 
 
 class MergeConfig(ModelOptions, MergeOptions):

@@ -41,11 +41,15 @@ def find_files(patterns: Sequence[str], *, field: str) -> list[Path]:
     for pattern in patterns:
         expanded = os.path.expanduser(pattern)
         path = Path(expanded)
-        if path.is_file():
+        if os.path.isfile(path):
             found[path] = None
             continue
-        if path.is_dir():
+        if os.path.isdir(path):
             raise UserError("is a folder", file=path, field=field, fix=f"name its files, for example {path}/*.json")
+        if os.path.exists(path):
+            raise UserError(
+                "is neither a file nor a folder", file=path, field=field, expected="a file that can be read twice"
+            )
         matches = sorted(Path(name) for name in glob.glob(expanded, recursive=True) if os.path.isfile(name))
         if not matches:
             raise UserError(

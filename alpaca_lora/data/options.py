@@ -48,6 +48,9 @@ class DataOptions(Options):
 
     @model_validator(mode="after")
     def _check_together(self) -> DataOptions:
+        for key in ("data_path", "val_data_path"):
+            if "" in getattr(self, key):
+                raise ConfigError("holds an empty path", field=key, expected="files or globs")
         for name in self.skip_cleaning:
             if name not in (*RULE_NAMES, "all"):
                 hint = nearest(name, (*RULE_NAMES, "all"))

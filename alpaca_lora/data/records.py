@@ -93,7 +93,7 @@ def _bad_json(error: json.JSONDecodeError, text: str, at: int, column: int, path
     where = (
         f"column {column}, near {around!r}" if at < len(text) else f"column {column}, where it ends after {around!r}"
     )
-    return DataError(f"not JSON: {error.msg} at {where}", file=path, line=line)
+    return DataError(f"not JSON: {error.msg.removesuffix(' at')} at {where}", file=path, line=line)
 
 
 def _unreadable(error: Exception, path: Path, line: int) -> DataError:

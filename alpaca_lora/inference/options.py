@@ -10,7 +10,9 @@ from alpaca_lora.config import Options
 class GenerationOptions(Options):
     """Keys of `generate`; the defaults are greedy decoding."""
 
-    lora_weights: str | None = Field(None, description="adapter folder in PEFT's format; none: the base model answers")
+    lora_weights: str | None = Field(
+        None, min_length=1, description="adapter folder in PEFT's format; none: the base model answers"
+    )
     prompt: str | None = Field(None, description="one question, answered and done; none: chat in the terminal")
     input: str = Field("", description="further context of the prompt, the alpaca format's input")
     max_new_tokens: int = Field(256, ge=1, description="most tokens of one answer")
@@ -23,7 +25,7 @@ class GenerationOptions(Options):
         0.0, ge=0, le=1, description="drop tokens less likely than this share of the likeliest; 0: none"
     )
     repetition_penalty: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="above 1: tokens that were there before become less likely"
+        1.0, ge=0.01, le=100, description="above 1: tokens that were there before become less likely"
     )
     generation_seed: int | None = Field(
         None, ge=0, lt=2**63, description="seed of the sampling; none: a new one each time"

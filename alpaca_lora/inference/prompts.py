@@ -6,6 +6,7 @@ Knows templates and tokenizers; knows no model.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from os import PathLike
 
 from alpaca_lora.adapters.record import AdapterRecord
 from alpaca_lora.errors import ModelFileError
@@ -38,11 +39,13 @@ class PromptFormat:
         return cls(template, tokenizer, system_prompt, tokenizer.add_bos, stop_ids, texts)
 
     @classmethod
-    def from_record(cls, record: AdapterRecord, tokenizer: Tokenizer) -> PromptFormat:
-        """What the adapter was trained with. ModelFileError when its record holds no template."""
+    def from_record(
+        cls, record: AdapterRecord, tokenizer: Tokenizer, *, file: PathLike[str] | None = None
+    ) -> PromptFormat:
+        """What the adapter was trained with. ModelFileError when its record (``file``) holds no template."""
         if not record.template:
-            raise ModelFileError("the adapter's record holds no template", field="template", fix="name one")
-        template = template_from_record(record.template, tokenizer)
+            raise ModelFileError("the adapter's record holds no template", file=file, field="template", fix="name one")
+        template = template_from_record(record.template, tokenizer, file=file)
         usual = cls.of(template, tokenizer, system_prompt=record.system_prompt)
         stop_ids = tuple(dict.fromkeys([*record.stop_ids, *usual.stop_ids]))
         stop = tuple(dict.fromkeys([*record.stop_strings, *usual.stop]))

@@ -13,6 +13,8 @@ import torch
 from alpaca_lora.errors import NumericalError
 from alpaca_lora.inference.request import SamplingParams
 
+LOWEST_TEMPERATURE = 1e-30  # what float32 still divides by
+
 
 class Sampler:
     """Chooses the tokens of one request. One uniform number is drawn per sampled token, none for greedy ones."""
@@ -78,7 +80,8 @@ def survivors(logits_V: torch.Tensor, params: SamplingParams) -> tuple[torch.Ten
     at least min_p of the likeliest one's share (Nguyen et al. 2024); each filter works on what the one before it left,
     made to sum to 1.
     """
-    scaled_V = logits_V / params.temperature
+    # from the likeliest one downwards, so that no temperature, however low, makes infinite numbers
+    scaled_V = (logits_V - logits_V.max()) / max(params.temperature, LOWEST_TEMPERATURE)
     vocab_size = len(scaled_V)
     if params.top_k == 0 and params.top_p == 1:
         probability_V = scaled_V.softmax(0)

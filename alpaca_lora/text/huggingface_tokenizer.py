@@ -89,6 +89,10 @@ def _object(path: Path) -> dict[str, Any]:
         ) from error
     except UnicodeDecodeError as error:
         raise ModelFileError(f"byte {error.start} is not UTF-8", file=path, fix="fetch the file again") from error
+    except (ValueError, RecursionError) as error:  # an endless number, or nested too deeply
+        raise ModelFileError(f"is not JSON: {error}", file=path, fix="fetch the file again") from error
+    except OSError as error:
+        raise ModelFileError(f"cannot be read: {error.strerror}", file=path) from error
     if not isinstance(content, dict):
         raise ModelFileError("is not a JSON object", file=path, fix="fetch the file again")
     return content
@@ -96,7 +100,8 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _read_backend(path: Path) -> Tokenizer:
     content = _object(path)
-    vocab = content.get("model", {}).get("vocab")
+    model = content.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
     if len(set(ids)) != len(ids):
         raise ModelFileError("two tokens have the same id", file=path, field="model.vocab", expected="unique ids")
@@ -152,7 +157,10 @@ def _adds_bos(backend: Tokenizer, bos: str | None) -> bool:
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     jinja_file = folder / "chat_template.jinja"
     if jinja_file.is_file():
-        return jinja_file.read_bytes().decode("utf-8")
+        try:
+            return jinja_file.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelFileError(f"byte {error.start} is not UTF-8", file=jinja_file, fix="fetch it again") from error
     template = _object(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(template, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,7 +226,7 @@ def load_template(name: str | None, tokenizer: Tokenizer) -> Template:
     if name in INSTRUCTION_TEMPLATES:
         return INSTRUCTION_TEMPLATES[name]
     path = Path(name)
-    if path.suffix in (".json", ".yaml", ".yml", ".jinja") or path.is_file():
+    if path.suffix in (".json", ".yaml", ".yml", ".jinja") or os.path.isfile(path):
         return _from_file(path, tokenizer)
     hint = nearest(name, (*INSTRUCTION_TEMPLATES, "chat"))
     raise ConfigError(
@@ -245,25 +246,34 @@ def _from_file(path: Path, tokenizer: Tokenizer) -> Template:
     )  # fmt: skip
 
 
-def template_from_record(record: dict[str, Any], tokenizer: Tokenizer) -> Template:
-    """The template that `to_record` described. Raises AdapterError when the record is not one or was changed."""
+def template_from_record(
+    record: dict[str, Any], tokenizer: Tokenizer, *, file: str | os.PathLike[str] | None = None
+) -> Template:
+    """The template that `to_record` described. AdapterError, naming ``file``, when the record is not one or was
+    changed.
+    """
+    again = "take the adapter from its source again"
+    for key, value in record.items():
+        if not isinstance(value, str):
+            raise AdapterError(f"is {value!r}", file=file, field=f"template.{key}", expected="text", fix=again)
     try:
         kind = record["kind"]
-        if kind == "chat":
-            template: Template = ChatTemplate(
-                record["chat_template"], tokenizer, source=record["source"], name=record["name"]
-            )
-        elif kind == "instruction":
-            template = InstructionTemplate(
+        if kind == "instruction":
+            template: Template = InstructionTemplate(
                 record["name"], record["prompt_input"], record["prompt_no_input"], record["response_split"],
                 record.get("description", ""), source=record["source"],
             )  # fmt: skip
+            digest = template.digest
+        elif kind == "chat":
+            digest = hashlib.sha256(record["chat_template"].encode()).hexdigest()
         else:
-            raise AdapterError(f"unknown kind {kind!r}", field="template.kind", expected="instruction or chat")
-        if template.digest != record["sha256"]:
             raise AdapterError(
-                "does not match its sha256", field="template", fix="take the adapter from its source again"
+                f"unknown kind {kind!r}", file=file, field="template.kind", expected="instruction or chat"
             )
-    except (KeyError, TypeError) as error:
-        raise AdapterError(f"lacks {error}", field="template", fix="take the adapter from its source again") from error
+        if digest != record["sha256"]:
+            raise AdapterError("does not match its sha256", file=file, field="template", fix=again)
+        if kind == "chat":  # a program: compiled and tried only when it is the one that was saved
+            template = ChatTemplate(record["chat_template"], tokenizer, source=record["source"], name=record["name"])
+    except KeyError as error:
+        raise AdapterError(f"lacks {error}", file=file, field="template", fix=again) from error
     return template

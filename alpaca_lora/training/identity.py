@@ -18,7 +18,7 @@ FREE_KEYS = frozenset((
     "output_dir", "resume_from_checkpoint", "fresh", "report_to", "wandb_project", "wandb_run_name",
     "num_sample_answers", "max_memory_gb", "eval_steps", "save_steps", "save_total_limit",
     "early_stopping_patience", "num_epochs", "max_steps", "num_threads", "device", "gradient_checkpointing",
-    "data_cache", "base_model", "data_path", "val_data_path", "prompt_template_name", "skip_bad",
+    "micro_batch_size", "data_cache", "base_model", "data_path", "val_data_path", "prompt_template_name", "skip_bad",
 ))  # fmt: skip
 
 
@@ -92,8 +92,9 @@ class RunIdentity:
         changed = [path for path, digest in self.data_hashes.items() if digest not in then.values()]
         gone = [path for path, digest in then.items() if digest not in self.data_hashes.values()]
         path = (changed or gone or list(self.data_hashes))[0]
+        before = then.get(path) or (next(iter(then.values())) if len(then) == 1 else "not given")
         raise DataError(
-            f"changed since the checkpoint: sha256 {then.get(path, 'unknown')[:16]} then, "
+            f"changed since the checkpoint: sha256 {before[:16]} then, "
             f"{self.data_hashes.get(path, 'not given')[:16]} now",
             file=path, field="data_path", fix="resume with the file as it was, or start anew with --fresh",
         )  # fmt: skip

@@ -8,6 +8,7 @@ file.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +19,7 @@ from types import TracebackType
 from alpaca_lora.errors import MachineError, UserError
 
 NAME = ".lock"
+_NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)  # a file is in the way, or no folder can have the name
 
 
 def _boot_id() -> str:
@@ -36,12 +38,17 @@ class RunLock:
         self.path = folder / NAME
         self.taken_over: dict[str, object] | None = None  # the dead holder's record
         self._descriptor: int | None = None
+        self._made_folder = False
 
     def __enter__(self) -> RunLock:
         try:
+            self._made_folder = not self.path.parent.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = self._lock()
         except OSError as error:
+            if error.errno in _NO_FOLDER:
+                what = f"cannot be a folder: {error.strerror}"
+                raise UserError(what, file=self.path.parent, field="output_dir", fix="choose another name") from error
             raise MachineError(
                 f"cannot write here: {error.strerror}",
                 file=self.path,
@@ -70,6 +77,9 @@ class RunLock:
                 self.path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
+            if self._made_folder:  # a run that was refused leaves nothing behind
+                with contextlib.suppress(OSError):  # it holds a run's files now
+                    self.path.parent.rmdir()
 
     def _lock(self) -> int:
         while True:

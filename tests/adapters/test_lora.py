@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from alpaca_lora.adapters.lora import DropoutRows, Lora, LoRALinear, initial_A
-from alpaca_lora.errors import AdapterError, ConfigError, NumericalError
+from alpaca_lora.errors import AdapterError, ConfigError, MachineError, NumericalError
 from alpaca_lora.kernels.dropout import DropoutKey, keep_mask
 from alpaca_lora.models.attention import Packed
 from alpaca_lora.models.linear import Linear, LinearContract, project
@@ -302,3 +302,11 @@ def test_dense_weight_is_what_the_layer_multiplies_by() -> None:
     x = torch.randn(3, 13)
     bias: Any = layer.base.bias
     torch.testing.assert_close(F.linear(x, layer.dense_weight(), bias), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_matrices_that_cannot_be_held_are_not_made(options: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    monkeypatch.setattr("alpaca_lora.adapters.lora.available_memory_bytes", lambda: 1000)
+    with pytest.raises(MachineError, match=r"lora_r: the adapter's matrices need .* GB"):
+        Lora.attach(model, options(), seed=0)
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())

@@ -66,3 +66,21 @@ def test_errors_speak_of_flags_to_users_and_of_keys_to_files() -> None:
         check_config({**GOOD, "r": 0})
     with pytest.raises(AdapterError, match=r"^a\.json: r: is 0"):
         check_config({**GOOD, "r": 0}, file="a.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("exclude_modules", 5, "exclude_modules: is 5, expected names or a regular expression"),
+        ("exclude_modules", "(", "exclude_modules: '(' is not a regular expression"),
+        ("layers_to_transform", "x", "layers_to_transform: is 'x', expected numbers of layers"),
+        ("layers_pattern", ["("], "layers_pattern: '(' is not a regular expression"),
+        ("target_modules", "(q", "target_modules: '(q' is not a regular expression"),
+        ("lora_alpha", 1e308, "lora_alpha: is 1e+308, expected a number above 0, at most 1e+06"),
+        ("alpha_pattern", {"q_proj": 1e308}, "alpha_pattern: is {'q_proj': 1e+308}, expected a table"),
+    ],
+)
+def test_a_file_s_odd_values_are_named_before_they_are_used(key: str, value: Any, message: str) -> None:
+    with pytest.raises(AdapterError) as caught:
+        check_config({**DEFAULTS, "target_modules": ["q_proj"], key: value}, file="f.json")
+    assert str(caught.value).startswith(f"f.json: {message}")

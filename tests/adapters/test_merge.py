@@ -13,10 +13,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from alpaca_lora.adapters.lora import Lora
-from alpaca_lora.adapters.merge import FLOAT32_BOUND, merge_into_folder, storage_dtype
+from alpaca_lora.adapters.merge import FLOAT32_BOUND, check_free, merge_into_folder, storage_dtype
 from alpaca_lora.adapters.record import AdapterRecord, read_record
 from alpaca_lora.device import Compute
-from alpaca_lora.errors import NumericalError, UserError
+from alpaca_lora.errors import AdapterError, NumericalError, UserError
 from alpaca_lora.models.load import Base, load_base
 from alpaca_lora.weights.huggingface import write_folder
 from tests.adapters.conftest import IDS, our_logits, train_a_little
@@ -166,3 +166,19 @@ def test_a_folder_with_content_is_never_overwritten(options: Make, tmp_path: Pat
     merge_into_folder(base, adapter, tmp_path / "m", COMPUTE, dtype=torch.float32)  # an empty folder is fine
     assert (tmp_path / "m" / "model.safetensors").exists()
     assert sorted(os.listdir(tmp_path)) == ["base", "m"]
+
+
+def test_an_adapter_that_changes_nothing_is_not_published(options: Make, tmp_path: Path) -> None:
+    base = load_base(str(base_folder(tmp_path / "base")), COMPUTE)
+    adapter = Lora.attach(base.model, options(), seed=0)
+    with pytest.raises(AdapterError, match="changes nothing"):
+        merge_into_folder(base, adapter, tmp_path / "out", COMPUTE, dtype=torch.float32)
+    assert os.listdir(tmp_path) == ["base"]
+
+
+def test_a_file_in_the_way_is_the_user_s_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/out", "a" * 300):
+        with pytest.raises(UserError):
+            check_free(tmp_path / name)
+    check_free(tmp_path / "new" / "out")

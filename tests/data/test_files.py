@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,11 @@ def test_hash_and_inner_suffix(tmp_path: Path) -> None:
     assert hash_file(path) == hashlib.sha256(b"abc").hexdigest()
     assert inner_suffix(path) == ".jsonl"
     assert inner_suffix(Path("notes.txt")) == ".txt"
+
+
+def test_what_is_no_file_and_what_no_file_can_be_called(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        find_files([str(tmp_path / "pipe")], field="data_path")
+    with pytest.raises(UserError, match="no such file"):
+        find_files(["a" * 300], field="data_path")

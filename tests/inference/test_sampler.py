@@ -96,3 +96,9 @@ def test_logits_that_are_not_finite_stop_the_answer(temperature: float, bad: flo
     logits_V[17] = bad
     with pytest.raises(NumericalError, match="not finite"):
         Sampler(SamplingParams(temperature=temperature), (), CPU).choose(logits_V)
+
+
+def test_the_lowest_temperature_is_greedy() -> None:
+    logits_V = torch.tensor([1.0, 3.0, 2.0])
+    sampler = Sampler(SamplingParams(temperature=1e-300, seed=0), (), torch.device("cpu"))
+    assert [sampler.choose(logits_V) for _ in range(5)] == [1] * 5

@@ -135,7 +135,10 @@ def test_normalizers_move_offsets_not_boundaries(tmp_path: Path) -> None:
         ("tokenizer.json", "{", "tokenizer.json:1: .*expected JSON"),
         ("tokenizer.json", '{"version": "1.0"}', "is not a tokenizer"),
         ("tokenizer.json", '{"model": {"vocab": {"a": 0, "b": 0}}}', "two tokens have the same id"),
+        ("tokenizer.json", '{"model": []}', "is not a tokenizer"),
         ("tokenizer_config.json", "[]", "is not a JSON object"),
+        ("tokenizer_config.json", "[" * 100_000, "is not JSON: maximum recursion depth"),
+        ("tokenizer_config.json", '{"a": ' + "9" * 5000 + "}", "is not JSON: Exceeds the limit"),
         ("tokenizer_config.json", '{"eos_token": 7}', "eos_token: 7 is not a token"),
         ("tokenizer_config.json", '{"eos_token": "<none>"}', "'<none>' is not in the vocabulary"),
     ],
@@ -144,6 +147,13 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: str, message
     folder_with(tmp_path)
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ModelFileError, match=message):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_chat_template_in_another_encoding_is_named(tmp_path: Path) -> None:
+    folder_with(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ModelFileError, match=r"chat_template\.jinja: byte 3 is not UTF-8"):
         Tokenizer.from_folder(tmp_path)
 
 

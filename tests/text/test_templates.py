@@ -200,3 +200,11 @@ def test_changed_records_are_refused() -> None:
         template_from_record({**record, "kind": "magic"}, byte_level())
     with pytest.raises(AdapterError, match="lacks"):
         template_from_record({"kind": "instruction"}, byte_level())
+    with pytest.raises(AdapterError, match=r"^f\.json: template\.name: is 5, expected text"):
+        template_from_record({**record, "name": 5}, byte_level(), file="f.json")
+
+
+def test_a_changed_chat_template_is_not_run() -> None:
+    record = load_template("chat", byte_level(chat_template=CHATML)).to_record()
+    with pytest.raises(AdapterError, match="sha256"):
+        template_from_record({**record, "chat_template": "{{ raise_exception('it ran') }}"}, byte_level())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alpaca_lora.errors import MachineError, UserError
+from alpaca_lora.errors import UserError
 from alpaca_lora.training.lock import NAME, RunLock
 from tests.training.tiny_run import in_child
 
@@ -62,5 +62,18 @@ def test_another_machine_cannot_be_asked(tmp_path: Path) -> None:
 
 def test_a_path_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MachineError, match="output_dir"), RunLock(tmp_path / "file"):
+    for path in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / ("a" * 300)):
+        with pytest.raises(UserError, match="output_dir"), RunLock(path):
+            pass
+
+
+def test_a_refused_run_leaves_no_folder_but_keeps_one_with_files(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "new"):
         pass
+    assert not (tmp_path / "new").exists()
+    with RunLock(tmp_path / "new"):
+        (tmp_path / "new" / "kept").write_text("")
+    (tmp_path / "old").mkdir()
+    with RunLock(tmp_path / "old"):
+        pass
+    assert (tmp_path / "old").is_dir() and (tmp_path / "new" / "kept").is_file()

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from alpaca_lora.data.examples import Batch, StepBatch
-from alpaca_lora.training.micro_batch import describe, halve, is_out_of_memory, on_device, shrink
+from alpaca_lora.training.loss import causal_lm_loss
+from alpaca_lora.training.micro_batch import (
+    ROUND_TO,
+    describe,
+    halve,
+    is_out_of_memory,
+    on_device,
+    rounded_up,
+    shrink,
+)
+from tests.tiny import tiny_model
 from tests.training.tiny_run import table
 
 
@@ -67,3 +77,16 @@ def test_a_real_allocation_that_is_too_large_is_known() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(error.value)
+
+
+def test_rounding_up_changes_no_row_and_no_loss() -> None:
+    batch = Batch.pack(table())
+    stream = rounded_up(batch)
+    assert stream.num_tokens % ROUND_TO == 0 and 0 < stream.num_tokens - batch.num_tokens < ROUND_TO
+    assert (stream.indices, stream.num_supervised) == (batch.indices, batch.num_supervised)
+    assert sum(stream.lengths) == stream.num_tokens
+    model = tiny_model()
+    with torch.no_grad():
+        losses = [causal_lm_loss(model, one, batch.num_supervised) for one in (batch, stream)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    assert rounded_up(stream) is stream

@@ -75,11 +75,15 @@ def test_a_path_can_be_a_checkpoint_or_the_folder_of_them(tmp_path: Path) -> Non
 def test_a_missing_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"checkpoint-9: resume_from_checkpoint: no such folder"):
         claim(with_run(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    with pytest.raises(UserError, match=r"state\.json: resume_from_checkpoint: is not a folder"):
+        claim(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2" / "state.json"))
+    with pytest.raises(UserError, match="no such folder"):
+        claim(tmp_path, resume_from_checkpoint="a" * 300)
 
 
 def test_a_named_checkpoint_that_is_damaged_is_not_replaced_by_another(tmp_path: Path) -> None:
     (with_run(tmp_path) / "checkpoint-2" / "state.json").write_text("[]")
-    with pytest.raises(ModelFileError, match=r"state\.json"):
+    with pytest.raises(ModelFileError, match=r"state\.json: damaged or no checkpoint: .*auto for the newest good one"):
         claim(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

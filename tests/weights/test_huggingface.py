@@ -221,9 +221,9 @@ def test_link_inside_of_the_folder_is_fine(sharded: Path) -> None:
     source.close()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_single_files_may_not_lead_out_either(tmp_path: Path, name: str) -> None:
-    path = write_folder(tmp_path / "m", weights().items(), CONFIG)
+    path = write_folder(tmp_path / "m", weights().items(), CONFIG, extra_files={"tokenizer.json": b"{}"})
     (path / name).rename(tmp_path / name)
     (path / name).symlink_to(tmp_path / name)
     with pytest.raises(ModelFileError, match="link to a file outside"):

@@ -255,3 +255,14 @@ def test_bomb_is_refused_fast_with_a_short_message(tmp_path: Path, bomb: str) ->
         read_header(path)
     assert time.process_time() - start < 1
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool])
+def test_integers_are_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "w.safetensors"
+    write_safetensors(path, {"w": torch.ones(4, dtype=dtype)})
+    entry = read_header(path).tensors["w"]
+    with open(path, "rb") as file:
+        assert read_entry(file, "w", entry).dtype == dtype
+        with pytest.raises(ModelFileError, match=r"w\.safetensors: w: is stored as .*expected floating point"):
+            read_entry(file, "w", entry, dtype=torch.float32)
