@@ -93,13 +93,15 @@ def dense_folder(base: Base, folder: Path) -> Path:
 def run_ours(folder: Path, train: Path, val: Path, steps: int, dropout: float) -> dict[str, Any]:
     """One run of the command, as a user would start it."""
     output = folder / f"ours-{dropout:g}"
-    command = [
-        sys.executable, "-m", "alpaca_lora", "finetune", "--json", "--base_model", BASE, "--data_path", str(train),
-        "--val_data_path", str(val), "--output_dir", str(output), "--batch_size", str(BATCH), "--micro_batch_size", "4",
-        "--max_steps", str(steps), "--learning_rate", str(LEARNING_RATE), "--warmup_steps", "0",
-        "--cutoff_len", str(CUTOFF), "--lora_r", str(RANK), "--lora_alpha", str(ALPHA), "--lora_dropout", str(dropout), "--lora_target_modules",
-        ",".join(TARGETS), "--prompt_template_name", "alpaca", "--num_sample_answers", "0", "--save_steps", "100000",
-    ]  # fmt: skip
+    flags = {
+        "base_model": BASE, "data_path": train, "val_data_path": val, "output_dir": output, "batch_size": BATCH,
+        "micro_batch_size": 4, "max_steps": steps, "learning_rate": LEARNING_RATE, "warmup_steps": 0,
+        "cutoff_len": CUTOFF, "lora_r": RANK, "lora_alpha": ALPHA, "lora_dropout": dropout,
+        "lora_target_modules": ",".join(TARGETS), "prompt_template_name": "alpaca", "num_sample_answers": 0,
+        "save_steps": 100_000,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "alpaca_lora", "finetune", "--json"]
+    command += [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
     log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -176,6 +178,7 @@ def main() -> None:
             console.print(f"running: {label}")
             runs[label] = start()
             runs[label]["val_loss"] = validation_loss(runs[label].pop("adapter"), prepared)
+            console.print(json.dumps(runs[label]), markup=False, soft_wrap=True)
         untrained = validation_loss(None, prepared)
     report(console, asked, runs, untrained)
 

@@ -10,19 +10,23 @@ batch of 8, and for a prompt of 512 tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from alpaca_lora.device import pick_compute
 from alpaca_lora.inference.engine import Engine
 from alpaca_lora.inference.request import Request, SamplingParams
 from alpaca_lora.models.load import Base, load_base
+from benchmarks.machine_card import keep
 
 
 def as_transformers(base: Base) -> Any:
@@ -113,7 +117,7 @@ def main() -> None:
         )  # fmt: skip
         print(f"{name:>14}: {results[name]}", flush=True)
     card = {"dtype": compute.dtype_name, "threads": compute.num_threads, "torch": torch.__version__}
-    print(json.dumps({"benchmark": "generate", "model": base.name, **card, **results}))
+    print(keep("generate", {"model": base.name, **card, **results}))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ FLOORS = (
     ("config", "device"),
     ("flags",),
     ("yaml_reader",),
-    ("errors",),
+    ("errors", "home"),
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

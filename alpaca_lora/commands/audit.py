@@ -15,12 +15,12 @@ from rich.table import Table
 from alpaca_lora.commands.job import Job
 from alpaca_lora.data.preview import length_histogram, row_panel, spread_rows
 from alpaca_lora.device import peak_memory_bytes
+from alpaca_lora.home import home
 from alpaca_lora.training.loss import causal_lm_loss
 from alpaca_lora.training.preflight import Probe, check_fits, longest_batch, memory_limit, probe
 from alpaca_lora.training.probe_cache import ProbeCache
 from alpaca_lora.training.schedule import total_steps
 from alpaca_lora.training.signals import SignalFlag
-from alpaca_lora.weights.hub import home
 
 FORWARD_SHARE = 1 / 3  # of a training step's time: evaluation has no backward pass, which costs twice the forward
 

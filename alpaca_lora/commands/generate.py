@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from alpaca_lora.adapters.peft_format import load_adapter
-from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord
+from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord, read_record
 from alpaca_lora.commands.chat import Chat
 from alpaca_lora.commands.schemas import GenerateConfig
 from alpaca_lora.config import Resolved
@@ -114,13 +114,16 @@ def sampling_params(config: GenerateConfig) -> SamplingParams:
 
 def _prompt_format(config: GenerateConfig, base: Base, console: Console) -> PromptFormat:
     """Put the adapter on the model, and take the template of its record unless another one was asked for."""
-    record = None
+    source = base.path
     if config.lora_weights is not None:
+        source = Path(config.lora_weights)
         record = _load_adapter(config.lora_weights, base, console)
-    if record is None or config.lora_weights is None or not record.template:
+    else:  # a merged folder holds the record of the adapter that went into it
+        record = read_record(base.path) if base.path.is_dir() else None
+    if record is None or not record.template:
         template = load_template(config.prompt_template_name, base.tokenizer)
         return PromptFormat.of(template, base.tokenizer, system_prompt=config.system_prompt)
-    trained = PromptFormat.from_record(record, base.tokenizer, file=Path(config.lora_weights) / RECORD_NAME)
+    trained = PromptFormat.from_record(record, base.tokenizer, file=source / RECORD_NAME)
     if record.tokenizer_fingerprint and record.tokenizer_fingerprint != base.tokenizer.fingerprint:
         _warn(console, "the adapter was trained with another tokenizer than this base model has")
     if config.system_prompt is not None and config.system_prompt != trained.system_prompt:

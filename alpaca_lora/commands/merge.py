@@ -62,4 +62,4 @@ def _show(report: MergeReport, record: AdapterRecord | None, console: Console) -
     console.print(table, highlight=False, markup=False)
     if record is not None and record.template.get("name"):
         name = record.template["name"]
-        console.print(f"trained with template {name!r}: talk to it with --prompt_template_name {name}", markup=False)
+        console.print(f"its template ({name}) is in the folder: generate takes it from there", markup=False)

@@ -23,6 +23,7 @@ import numpy as np
 from alpaca_lora.data.files import CHUNK_BYTES
 from alpaca_lora.data.ledger import EVENT_DTYPE, Ledger
 from alpaca_lora.data.table import COLUMNS, EncodedRows, ExampleTable
+from alpaca_lora.home import home
 
 __all__ = ["DamagedEntry", "EntryWriter", "ExampleTable", "cache_folder", "entry_key", "open_entry"]
 
@@ -39,11 +40,8 @@ class DamagedEntry(Exception):
 
 
 def cache_folder() -> Path:
-    """``$ALPACA_LORA_HOME/cache/data``; without it ``$XDG_CACHE_HOME`` (or ``~/.cache``) ``/alpaca-lora/data``."""
-    if home := os.environ.get("ALPACA_LORA_HOME"):
-        return Path(home).expanduser() / "cache" / "data"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "alpaca-lora" / "data"
+    """Where the entries are."""
+    return home() / "data"
 
 
 def entry_key(parts: Mapping[str, Any]) -> str:

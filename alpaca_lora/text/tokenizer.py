@@ -109,8 +109,12 @@ class Tokenizer:
         named = ((role, getattr(self._definition, role)) for role in ("bos", "eos", "pad", "unk"))
         return {f"{role}_token": token for role, token in named if token is not None}
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         d = self._definition
         policy = (d.bos, d.eos, d.pad, d.add_bos)
         return hashlib.sha256(f"{policy!r}\n{self._backend.to_str()}".encode()).hexdigest()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from alpaca_lora.errors import MachineError, ModelFileError, UserError, nearest
+from alpaca_lora.home import home
 from alpaca_lora.weights.huggingface import PICKLE_SUFFIXES, SAFETENSORS_HINT
 from alpaca_lora.weights.packaged import ALIASES, fetch_packaged
 
@@ -31,11 +32,6 @@ HUB_PATTERNS = (
     "*.jinja",
 )
 HUB_IGNORED = ("*/*", "consolidated*")
-
-
-def home() -> Path:
-    """Where fetched models are kept: ``ALPACA_LORA_HOME``, else ``~/.cache/alpaca-lora``."""
-    return Path(os.environ.get("ALPACA_LORA_HOME") or Path.home() / ".cache" / "alpaca-lora").expanduser()
 
 
 def resolve(name: str, *, verify: bool = False, on_progress: Callable[[str], None] | None = None) -> Path:

@@ -27,7 +27,9 @@ from alpaca_lora.weights.source import check_finite, copy_serially
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
 # A tensor has one brace, two brackets and about eight commas; many more can only be an attempt to exhaust the memory.
-MAX_SIGNS: Mapping[bytes, int] = {b"{": 2 * MAX_TENSORS, b"[": 3 * MAX_TENSORS, b",": 12 * MAX_TENSORS}
+MAX_SIGNS: Mapping[bytes, int] = {
+    b'"data_offsets"': MAX_TENSORS, b"{": 2 * MAX_TENSORS, b"[": 3 * MAX_TENSORS, b",": 12 * MAX_TENSORS,
+}  # fmt: skip
 MAX_DIMENSIONS = 8
 READ_ELEMENTS = 2**20
 

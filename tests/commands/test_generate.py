@@ -97,6 +97,18 @@ def test_the_template_of_the_record_is_used_and_the_adapter_acts(
     assert tuned["text"] != plain["text"]
 
 
+def test_a_merged_folder_is_asked_with_the_template_of_its_record(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = adapter_folder(base, tmp_path / "adapter", template="alpaca_zh")
+    assert generate(base, "--prompt", "Hi", "--lora_weights", str(folder)) == 0
+    facts, _, _ = result(capsys)
+    (base / "alpaca_lora.json").write_bytes((folder / "alpaca_lora.json").read_bytes())
+    assert generate(base, "--prompt", "Hi") == 0
+    merged, _, said = result(capsys)
+    assert "template: alpaca_zh" in said and merged["prompt_tokens"] == facts["prompt_tokens"]
+
+
 def test_another_template_than_the_trained_one_is_said(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alpaca_lora.data.cache import DamagedEntry, EntryWriter, cache_folder, entry_key, open_entry, remove_entry
+from alpaca_lora.data.cache import DamagedEntry, EntryWriter, entry_key, open_entry, remove_entry
 from alpaca_lora.data.ledger import Ledger
 from alpaca_lora.data.table import ExampleTable
 
@@ -91,17 +91,6 @@ def test_old_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
 def test_the_key_is_a_hash_of_everything() -> None:
     assert entry_key({"a": 1, "b": [2]}) == entry_key({"b": [2], "a": 1})
     assert len({entry_key({"a": 1}), entry_key({"a": 2}), entry_key({"b": 1}), entry_key({"a": "1"})}) == 4
-
-
-def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ALPACA_LORA_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "cache" / "data"
-    monkeypatch.delenv("ALPACA_LORA_HOME")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert cache_folder() == tmp_path / "x" / "alpaca-lora" / "data"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "alpaca-lora" / "data"
 
 
 def test_nothing_written_is_a_pickle(tmp_path: Path) -> None:

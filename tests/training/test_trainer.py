@@ -345,7 +345,7 @@ def _memory_for(max_tokens: int, phase: str):
     """A loss on a machine that has room for so many tokens; what it computed before it failed stays in the gradient."""
 
     def loss(model, batch, num_supervised):
-        too_large = sum(batch.lengths[: len(batch.indices)])  # without what rounds the stream up > max_tokens
+        too_large = sum(batch.lengths[: len(batch.indices)]) > max_tokens  # without what rounds the stream up
         if too_large and (phase == "forward" or not torch.is_grad_enabled()):
             _out_of_memory()
         value = causal_lm_loss(model, batch, num_supervised)

@@ -15,7 +15,7 @@ import torch
 
 from alpaca_lora.errors import MachineError, ModelFileError, UserError
 from alpaca_lora.weights import packaged
-from alpaca_lora.weights.hub import home, resolve
+from alpaca_lora.weights.hub import resolve
 from alpaca_lora.weights.huggingface import write_folder
 from tests.weights.hub_server import HubServer
 
@@ -23,14 +23,6 @@ from tests.weights.hub_server import HubServer
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALPACA_LORA_HOME", str(tmp_path / "home"))
-
-
-def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert home() == tmp_path / "home"
-    monkeypatch.delenv("ALPACA_LORA_HOME")
-    assert home() == Path.home() / ".cache" / "alpaca-lora"
-    monkeypatch.setenv("ALPACA_LORA_HOME", "~/models")
-    assert home() == Path.home() / "models"
 
 
 def test_existing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
