@@ -139,20 +139,26 @@ class _PlainBlocks(torch.autograd.Function):
         return dq_THE, dk_TKE, dv_TKE, None, None, None
 
 
+def _flash(q_NHSE: torch.Tensor, k_NKSE: torch.Tensor, v_NKSE: torch.Tensor, scale: float, window: int | None):
+    """torch's attention for N sequences of one length S, causal -> (N, H, S, E)."""
+    length = q_NHSE.shape[2]
+    mask = None if window is None or window >= length else visible(length, window, q_NHSE.device)
+    grouped = q_NHSE.shape[1] != k_NKSE.shape[1]
+    return F.scaled_dot_product_attention(
+        q_NHSE, k_NKSE, v_NKSE, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
 def _flash_block(
     q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, block: Block, scale: float, window: int | None
 ) -> torch.Tensor:
-    """One block through scaled_dot_product_attention; the block's tokens in stream order (rows of the block, H, E)."""
+    """One block through `_flash`; the block's tokens in the order of its rows, (rows of the block, H, E)."""
     heads, width = q_THE.shape[1:]
     q, k, v = (
         _gather(x, block, k_TKE.shape[1]).reshape(block.count, x.shape[1], block.length, width)
         for x in (q_THE, k_TKE, v_TKE)
     )
-    mask = None if window is None or window >= block.length else visible(block.length, window, q.device)
-    grouped = heads != k_TKE.shape[1]
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-    )
+    out = _flash(q, k, v, scale, window)
     return out.transpose(1, 2).reshape(block.count * block.length, heads, width).index_select(0, block.slots)
 
 
@@ -169,6 +175,10 @@ def attend_packed(
     plain = tuple(b for b in layout.blocks if b.length <= LONGEST_PLAIN) if q_THE.device.type == "cpu" else ()
     if len(plain) == len(layout.blocks):
         return _PlainBlocks.apply(q_THE, k_TKE, v_TKE, plain, scale, window)  # pyright: ignore[reportReturnType]
+    if len(layout.lengths) == 1:  # nothing to gather
+        q_1HTE, k_1KTE, v_1KTE = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TKE, v_TKE))
+        out_1HTE = _flash(q_1HTE, k_1KTE, v_1KTE, scale, window)
+        return out_1HTE.squeeze(0).transpose(0, 1)
     flash = [b for b in layout.blocks if b not in plain]
     pieces = [_flash_block(q_THE, k_TKE, v_TKE, block, scale, window) for block in flash]
     rows = torch.cat([block.rows for block in flash])
