@@ -131,7 +131,7 @@ class _PlainBlocks(torch.autograd.Function):
             dout = _gather(dout_THE, block, kv_heads).reshape(n, -1, width)
             p = _probabilities(q, k, _bias(block, ctx.window, q))
             dp = torch.bmm(dout, v.transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
             shape = (block.count, kv_heads, -1, length, width)
             _scatter(torch.bmm(p.transpose(1, 2), dout).view(shape), block, dv_TKE)
             _scatter(torch.bmm(ds.transpose(1, 2), q).view(shape), block, dk_TKE)
