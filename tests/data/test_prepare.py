@@ -94,7 +94,7 @@ def test_edited_data_has_another_hash(tmp_path: Path) -> None:
 def test_a_damaged_entry_is_rebuilt_with_a_message(tmp_path: Path, home: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(10))
     before = prepare_rows(path, val_set_size=0)
-    (entry,) = (home / "cache" / "data").iterdir()
+    (entry,) = (home / "data").iterdir()
     data = bytearray((entry / "tokens.i32").read_bytes())
     del before
     data[100] ^= 1
@@ -130,7 +130,7 @@ def test_a_stop_while_reading_leaves_no_half_entry(tmp_path: Path, home: Path) -
     options = DataOptions(data_path=[str(path)])
     with pytest.raises(KeyboardInterrupt):
         prepare(options, tokenizer, load_template("alpaca", tokenizer), on_progress=stop)
-    assert os.listdir(home / "cache" / "data") == []
+    assert os.listdir(home / "data") == []
 
 
 def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
