@@ -6,6 +6,7 @@ prints the table and both scores. What is there already is used again; `rm -r ru
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from alpaca_lora import cli  # noqa: E402
 from alpaca_lora.adapters.peft_format import load_adapter  # noqa: E402
+from alpaca_lora.adapters.record import read_record  # noqa: E402
 from alpaca_lora.device import pick_compute  # noqa: E402
 from alpaca_lora.inference.answer import answer_many  # noqa: E402
 from alpaca_lora.inference.request import SamplingParams  # noqa: E402
@@ -76,6 +78,13 @@ def show(asked: Sequence[Question], before: list[str], after: list[str], console
     return [sum(q.is_answered_by(a) for q, a in zip(asked, answers, strict=True)) for answers in (before, after)]
 
 
+def is_of_these_rows(folder: Path) -> bool:
+    """Whether the folder holds an adapter that was trained on the shop's rows as they are now."""
+    record = read_record(folder) if (folder / "adapter_model.safetensors").exists() else None
+    digest = hashlib.sha256((SHOP / "shop_train.json").read_bytes()).hexdigest()
+    return record is not None and digest in record.data_hashes.values()
+
+
 def _plain(answer: str) -> str:
     shown = answer if len(answer) <= 90 else answer[:89] + "…"
     return shown.replace("[", "\\[")
@@ -86,11 +95,12 @@ def main() -> int:
     started = time.perf_counter()
     console = Console()
     make_shop_data(SHOP)
-    if (RUN / "adapter_model.safetensors").exists():
-        console.print(f"{RUN.relative_to(ROOT)} holds a tuned adapter already: it is used")
+    if is_of_these_rows(RUN):
+        console.print(f"{RUN.relative_to(ROOT)} holds an adapter tuned on these rows already: it is used")
     else:
-        resume = ["--resume_from_checkpoint", "auto"] if list(RUN.glob("checkpoint-*")) else []
-        if code := cli.main(["finetune", "--config", "configs/demo.yml", *resume]):
+        again = (RUN / "adapter_model.safetensors").exists()  # of other rows
+        how = ["--fresh"] if again else ["--resume_from_checkpoint", "auto"]
+        if code := cli.main(["finetune", "--config", "configs/demo.yml", *how]):
             return code
     base = load_base("smollm2-135m", pick_compute())
     asked = questions()

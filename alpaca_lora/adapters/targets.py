@@ -98,20 +98,30 @@ def _problem(entry: str, others: list[str], modules: Mapping[str, nn.Module], li
 def peft_spec(model: nn.Module, entries: Sequence[str], targets: Sequence[str]) -> list[str] | str:
     """`target_modules` of an adapter_config.json such that PEFT finds exactly `targets`.
 
-    Plain names stay as they are. A single regular expression stays one string, which is how PEFT marks one. Anything
-    else becomes the shortest names: the last part where every module that ends so is a target, else the whole name.
+    Plain names stay as they are. A single regular expression stays one string, which is how PEFT marks one, unless it
+    also matches what is no target: PEFT tries it on every module and refuses those that are no linear. Anything else
+    becomes the shortest names: the last part where every module that ends so is a target, else the whole name.
     """
     plain = all(entry != ALL_LINEAR and _METACHARACTERS.isdisjoint(entry) for entry in entries)
     if plain:
         return sorted(set(entries))
-    if len(entries) == 1 and entries[0] != ALL_LINEAR:
-        return entries[0]
     chosen = set(targets)
+    if len(entries) == 1 and entries[0] != ALL_LINEAR and not _matches_others(model, entries[0], chosen):
+        return entries[0]
     ends: dict[str, bool] = {}
     for name, _ in model.named_modules():
         end = name.rpartition(".")[2]
         ends[end] = ends.get(end, True) and name in chosen
     return sorted({name.rpartition(".")[2] if ends[name.rpartition(".")[2]] else name for name in targets})
+
+
+def _matches_others(model: nn.Module, expression: str, chosen: set[str]) -> bool:
+    """True when the expression matches a module that is no target, here or in another implementation of the model."""
+    # an activation is a module elsewhere (transformers' mlp.act_fn), which an open end such as `mlp\..*` would match
+    elsewhere = {f"{name.rpartition('.')[0]}.act_fn" for name in chosen}
+    names = {name for name, _ in model.named_modules()} | elsewhere
+    compiled = _compiled(expression, "lora_target_modules")
+    return any(compiled.fullmatch(name) for name in names - chosen)
 
 
 def peft_targets(model: nn.Module, config: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from alpaca_lora import __version__
 from alpaca_lora.commands.job import Job
 from alpaca_lora.data.preview import length_histogram, row_panel, spread_rows
 from alpaca_lora.device import peak_memory_bytes
@@ -88,12 +89,12 @@ def measure(job: Job, signals: SignalFlag, *, measure_anew: bool) -> tuple[Probe
 def facts(job: Job) -> dict[str, Any]:
     """All that the memory and the speed of a step depend on."""
     config = job.config
-    batch = longest_batch(job.prepared.train, config.micro_batch_size * config.cutoff_len)
+    batch = longest_batch(job.prepared.train, config.micro_batch_size * config.cutoff_len, config.batch_size)
     return {
         "base": job.base.fingerprint, "adapter": job.adapter.config, "lengths": list(batch.lengths),
         "labels": batch.num_supervised, "gradient_checkpointing": config.gradient_checkpointing,
         "machine": [platform.node(), platform.processor(), str(job.compute.device), job.compute.num_threads],
-        "dtype": job.compute.dtype_name, "torch": torch.__version__,
+        "reason": job.compute.reason, "torch": torch.__version__, "version": __version__,
     }  # fmt: skip
 
 

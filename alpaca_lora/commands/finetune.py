@@ -6,7 +6,6 @@ folder and lock -> base model -> template -> rows -> adapter -> loader -> (resum
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from alpaca_lora.config import Resolved, dump
 from alpaca_lora.device import peak_memory_bytes
 from alpaca_lora.errors import Stopped
 from alpaca_lora.inference.answer import answer_many
+from alpaca_lora.inference.prompts import PromptFormat
 from alpaca_lora.inference.request import SamplingParams
 from alpaca_lora.text.messages import Conversation, Message
 from alpaca_lora.training.checkpoint import STATE, Checkpoint, CheckpointStore
 from alpaca_lora.training.durable import replace_file
 from alpaca_lora.training.lock import RunLock
 from alpaca_lora.training.loss import causal_lm_loss
-from alpaca_lora.training.metrics import MetricsLog, open_trackers
+from alpaca_lora.training.metrics import MetricsLog, open_trackers, require_trackers
 from alpaca_lora.training.progress import TrainingProgress
 from alpaca_lora.training.report import Report, SampleAnswer, write_report
 from alpaca_lora.training.run_folder import RunFolder
@@ -55,8 +55,11 @@ def run(config: FinetuneConfig, *, resolved: Resolved[FinetuneConfig], console: 
         except Interrupted as interrupted:
             what = f"stopped by {interrupted} before the first step: nothing was trained"
             raise Stopped(interrupted.signal_number, what) from None
-        state = _train(job, folder, checkpoint, resolved, console, signals)
-        _report(job, state, folder, resolved, console)
+        state, log = _train(job, folder, checkpoint, resolved, console, signals)
+        try:
+            _report(job, state, log, folder, resolved, console)
+        except Exception as error:  # the adapter is saved: a page must not fail the run that made it
+            say(f"report.html was not written: {type(error).__name__}: {error}")
         return {
             "steps": state.step, "examples": state.examples, "tokens": state.tokens,
             "supervised_tokens": state.supervised_tokens, "tokens_per_second": round(state.tokens_per_second, 1),
@@ -69,19 +72,20 @@ def run(config: FinetuneConfig, *, resolved: Resolved[FinetuneConfig], console: 
 def _train(
     job: Job, folder: RunFolder, checkpoint: Checkpoint | None, resolved: Resolved[FinetuneConfig], console: Console,
     signals: SignalFlag,
-) -> TrainState:  # fmt: skip
-    """From the job to the adapter in the output folder. The folder is first written to once nothing can be refused
-    any more.
+) -> tuple[TrainState, list[dict[str, Any]]]:  # fmt: skip
+    """From the job to the adapter in the output folder; the state and the log. The folder is first written to once
+    nothing can be refused any more.
     """
     config, say, identity = job.config, speaker(console), job.identity()
     if checkpoint is not None:
         identity.check(checkpoint.state()["run"], file=checkpoint.path / STATE)
+    require_trackers(config.report_to, config.wandb_project)
+    if config.fresh:
+        folder.set_aside()
     trackers = open_trackers(
         config.report_to, folder=folder.path, wandb_project=config.wandb_project, wandb_run_name=config.wandb_run_name,
         config=config.model_dump(),
     )  # fmt: skip
-    if config.fresh:
-        folder.set_aside()
     replace_file(folder.path / "config.yml", resolved.to_yaml().encode())
     job.prepared.ledger.write(folder.path)
     log = MetricsLog(
@@ -93,35 +97,35 @@ def _train(
         device=job.compute.device, identity=identity, saver=saver, log=log, signals=signals,
     )  # fmt: skip
     saver.write_adapter = lambda where: _save(where, job, trainer.state)
+    progress = TrainingProgress(console, total_steps=trainer.total_steps, step=checkpoint.step if checkpoint else 0)
+    trainer.progress = progress
     if checkpoint is not None:
         trainer.resume(checkpoint)
     say(f"training: {trainer.total_steps} steps of {config.batch_size} rows, {len(job.prepared.train):,} rows in all")
     try:
-        with TrainingProgress(console, total_steps=trainer.total_steps, step=trainer.state.step) as progress:
-            trainer.progress = progress
+        with progress:
             state = trainer.train()
     finally:
         log.close()
     save_adapter(folder.path, job.adapter, job.record(state))
     say(f"adapter saved in {folder.path}")
-    return state
+    return state, log.records()
 
 
 def _report(
-    job: Job, state: TrainState, folder: RunFolder, resolved: Resolved[FinetuneConfig], console: Console
+    job: Job, state: TrainState, log: list[dict[str, Any]], folder: RunFolder, resolved: Resolved[FinetuneConfig],
+    console: Console,
 ) -> None:  # fmt: skip
     """report.html in the output folder, with answers of the tuned model to questions of the validation rows."""
     config = job.config
-    wanted = job.prepared.samples[: config.num_sample_answers]
-    questions = [question for row in wanted if (question := _question(row)) is not None]
+    asked = [row for row in job.prepared.samples if _can_be_asked(row, job)][: config.num_sample_answers]
+    questions = [dataclasses.replace(row, messages=row.messages[:-1]) for row in asked]
     params = SamplingParams(max_new_tokens=SAMPLE_TOKENS)
     answers = answer_many(job.base, job.template, questions, params, system_prompt=config.system_prompt)
-    asked = [row for row in wanted if _question(row) is not None]
     samples = [
         SampleAnswer(_spelled(question.messages[-1]), row.messages[-1].content, answer.text)
         for row, question, answer in zip(asked, questions, answers, strict=True)
     ]
-    log = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     best = f"best, at step {state.best_step}" if state.best_step else ""
     summary = [
         ("base model", job.base.name, job.base.description), ("method", config.method, ""),
@@ -139,11 +143,13 @@ def _report(
     speaker(console)(f"report: {path}")
 
 
-def _question(row: Conversation) -> Conversation | None:
-    """The row without its last answer; None where there is nothing to ask."""
+def _can_be_asked(row: Conversation, job: Job) -> bool:
+    """Whether the row is a question and an answer, and the question leaves room for one in the model's context."""
     if row.kind == "text" or row.messages[-1].role != "assistant" or len(row.messages) < 2:
-        return None
-    return dataclasses.replace(row, messages=row.messages[:-1])
+        return False
+    question = dataclasses.replace(row, messages=row.messages[:-1])
+    format_ = PromptFormat.of(job.template, job.base.tokenizer, system_prompt=job.config.system_prompt)
+    return len(format_.prompt_ids(question)) + SAMPLE_TOKENS <= job.base.config.max_position_embeddings
 
 
 def _spelled(message: Message) -> str:

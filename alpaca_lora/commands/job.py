@@ -15,6 +15,7 @@ from alpaca_lora.commands.schemas import FinetuneConfig
 from alpaca_lora.data.loader import Loader
 from alpaca_lora.data.prepare import Prepared, prepare
 from alpaca_lora.device import Compute, pick_compute, seed_everything
+from alpaca_lora.errors import ConfigError
 from alpaca_lora.models.load import Base, load_base
 from alpaca_lora.text.rendered import Template
 from alpaca_lora.text.templates import load_template
@@ -75,6 +76,10 @@ def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> J
     say(f"base model: {base.name}: {base.description} ({compute.reason})")
     for notice in base.notices:
         say(notice)
+    # before the rows are read: a wrong target is to be told of at once
+    adapter = method_class(config.method).attach(base.model, config, seed=config.seed)
+    for message in adapter.messages:
+        say(message)
     template = load_template(config.prompt_template_name, base.tokenizer)
     say(f"template: {template.name} ({template.source}, sha256 {template.digest[:12]})")
     prepared = prepare(
@@ -84,13 +89,24 @@ def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> J
     console.print(prepared.ledger.table())
     for message in prepared.messages:
         say(message)
-    adapter = method_class(config.method).attach(base.model, config, seed=config.seed)
-    for message in getattr(adapter, "messages", ()):
+    for message in _context_notes(base, prepared):
         say(message)
     return Job(
         config, compute, base, template, prepared, adapter,
         loader=_loader(config, prepared.train), val_loader=_loader(config, prepared.val) if prepared.val else None,
     )  # fmt: skip
+
+
+def _context_notes(base: Base, prepared: Prepared) -> list[str]:
+    """What to say of rows longer than the model was made for; ConfigError where it has no positions for them."""
+    context = base.config.max_position_embeddings
+    longest = int(prepared.train.lengths.max())
+    if longest <= context:
+        return []
+    what = f"the longest row has {longest:,} tokens, the model's context is {context:,}"
+    if not base.config.ropes:
+        raise ConfigError(what, field="cutoff_len", expected=f"at most {context}")
+    return [f"{what}: it learns positions that generate refuses; lower cutoff_len"]
 
 
 def _loader(config: FinetuneConfig, table: Any) -> Loader:

@@ -1,11 +1,11 @@
-"""What each command can be told: the options of the rooms it uses, composed. No defaults stand here, and no torch.
+"""What each command can be told: the options of the rooms it uses, composed. No torch.
 
-A key belongs to one room; `tests/commands/test_schemas.py` holds it.
+A key belongs to one room; `tests/commands/test_schemas.py` holds it. A command may only describe it anew.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -45,6 +45,12 @@ class MergeOptions(Options):
 
 class MergeConfig(ModelOptions, MergeOptions):
     """A base model, an adapter, and where the merged model goes."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="dtype of the merged weights, computed in float32; auto: bfloat16 only if every base weight is "
+        "exactly a bfloat16 number, else float32",
+    )
 
 
 class PullOptions(Options):

@@ -5,7 +5,7 @@ they may have.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +29,7 @@ ROLES: Mapping[str, Role] = MappingProxyType(
         "function": "tool",
     }
 )
+TURN_FIELDS = ("role", "from", "content", "value", "tool_calls", "function_call", "weight")
 _FOLLOWS: Mapping[Role | None, tuple[Role, ...]] = MappingProxyType(
     {
         None: ("system", "user"),
@@ -41,13 +42,22 @@ _FOLLOWS: Mapping[Role | None, tuple[Role, ...]] = MappingProxyType(
 
 
 def messages_row(row: dict[str, Any], file: str, line: int) -> Conversation:
-    """OpenAI: ``{messages: [{role, content}, ...]}``; an assistant's ``tool_calls`` are its text when it has none."""
+    """OpenAI: ``{messages: [{role, content}, ...]}``; an assistant's ``tool_calls`` stand behind its text."""
     return _conversation(row, "messages", file, line)
 
 
 def sharegpt_row(row: dict[str, Any], file: str, line: int) -> Conversation:
     """ShareGPT: ``{conversations: [{from, value}, ...]}``, with ``system`` beside it or as the first turn."""
     return _conversation(row, "conversations" if "conversations" in row else "conversation", file, line)
+
+
+def unread_turn_fields(row: dict[str, Any], fields: tuple[str, ...]) -> Iterator[str]:
+    """``messages[].name`` and alike for each field of a turn that is not read; ``fields``: the row's that are."""
+    for field in fields:
+        turns = row.get(field)
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict):
+                yield from (f"{field}[].{key}" for key in turn if key not in TURN_FIELDS)
 
 
 def _conversation(row: dict[str, Any], field: str, file: str, line: int) -> Conversation:
@@ -83,6 +93,16 @@ def _message(turn: Any, where: str, file: str, line: int) -> Message:
             expected="system, user, assistant or tool",
             fix=f"did you mean {hint[0]!r}?" if hint else None,
         )
+    weight = turn.get("weight")
+    if weight is not None and weight != 1:
+        raise DataError(
+            f"weight {str(weight)[:60]} is not supported",
+            file=file,
+            line=line,
+            field=f"{where}.weight",
+            expected="1",
+            fix="remove the row or the field",
+        )
     text = _content(turn, role, where, file, line)
     if role == "assistant" and not text.strip():
         raise DataError(
@@ -95,12 +115,16 @@ def _content(turn: dict[str, Any], role: Role, where: str, file: str, line: int)
     field = "content" if "content" in turn else "value"
     value = turn.get(field)
     calls = turn.get("tool_calls") or turn.get("function_call")
-    if role == "assistant" and calls and not value:
-        return json.dumps(calls, ensure_ascii=False)
+    called = json.dumps(calls, ensure_ascii=False) if role == "assistant" and calls else ""
+    text = None
     if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
-        return "".join(part["text"] for part in value)  # OpenAI's content parts, when all of them are text
+        text = value
+    elif isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
+        text = "".join(part["text"] for part in value)  # OpenAI's content parts, when all of them are text
+    if called and (not value or (text is not None and not text.strip())):
+        return called
+    if text is not None:
+        return f"{text}\n{called}" if called else text
     what = "is missing" if field not in turn else "is null" if value is None else "is not text"
     raise DataError(what, file=file, line=line, field=f"{where}.{field}", expected="text")
 

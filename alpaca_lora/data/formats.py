@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alpaca_lora.data.chats import messages_row, sharegpt_row
+from alpaca_lora.data.chats import messages_row, sharegpt_row, unread_turn_fields
 from alpaca_lora.data.files import COMPRESSED_SUFFIXES, OnBytes, inner_suffix, read_chunks
 from alpaca_lora.data.records import Record, not_utf8, read_json_lines, read_json_values, read_lines
 from alpaca_lora.errors import DataError, nearest
@@ -39,6 +39,7 @@ FIELD_PAIRS = (  # (prompt, response) in the order they are looked for
     ("question", "answer"),
     ("query", "response"),
 )
+MAX_UNREAD = 12  # names of fields that are not read: bounds what is kept and told
 _KNOWN = "instruction/output, messages, conversations, prompt/completion, question/answer or text"
 
 RowReader = Callable[[dict[str, Any], str, int], Conversation]
@@ -110,7 +111,8 @@ def _first_line_is_whole(first: bytes) -> bool:
 def _read_records(
     records: Iterator[Record], path: Path, keys: Keys, on_note: OnNote | None
 ) -> Iterator[Conversation | BadRow]:
-    name, reader, count = str(path), None, 0
+    name, reader, fields, count = str(path), None, (), 0
+    unread: dict[str, None] = {}  # a set in the order of the file
     for record in records:
         count += 1
         if record.error is not None:
@@ -126,14 +128,26 @@ def _read_records(
                 )
             if reader is None:
                 reader, fields = pick_reader(record.value, keys, name, record.line)
-                unread = [repr(field) for field in record.value if field not in fields]
-                if unread and on_note:
-                    on_note(f"of each row {', '.join(map(repr, fields))} are read, not {', '.join(unread[:12])}")
-            yield reader(record.value, name, record.line)
+            conversation = reader(record.value, name, record.line)
+            _note_unread(record.value, fields, unread)
+            yield conversation
         except DataError as error:
             yield BadRow(error, record.line, str(record.value))
     if not count:
         raise DataError("the file holds no rows", file=path, expected="at least one")
+    if unread and on_note:
+        names = [repr(field) for field in unread]
+        more = " and more" if len(names) > MAX_UNREAD else ""
+        on_note(f"of each row {', '.join(map(repr, fields))} are read, not {', '.join(names[:MAX_UNREAD])}{more}")
+
+
+def _note_unread(row: dict[str, Any], fields: tuple[str, ...], unread: dict[str, None]) -> None:
+    """Add the row's fields, and its turns', that are not read; one above MAX_UNREAD says that there are more."""
+    turns = unread_turn_fields(row, fields) if "messages" in fields or "conversations" in fields else ()
+    for field in itertools.chain((field for field in row if field not in fields), turns):
+        if len(unread) > MAX_UNREAD:
+            return
+        unread[field[:60]] = None
 
 
 def pick_reader(row: dict[str, Any], keys: Keys, file: str, line: int) -> tuple[RowReader, tuple[str, ...]]:

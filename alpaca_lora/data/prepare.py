@@ -121,7 +121,7 @@ def prepare(
         val_table = ExampleTable(val.rows, np.flatnonzero(val.chosen_N))
     else:
         val_table = ExampleTable(train.rows, np.flatnonzero(is_val_N)) if is_val_N.any() else None
-    identity = [[one.key for one in opened], options.val_set_size, drop_duplicates, seed]
+    identity = [[one.key for one in opened], None if val_files else options.val_set_size, drop_duplicates, seed]
     return Prepared(
         train=train_table,
         val=val_table,
@@ -240,6 +240,8 @@ def _refuse_empty(one: _Set, val: _Set | None) -> None:
 def _add_messages(options: DataOptions, ledger: Ledger, tokenizer: RowTokenizer, messages: list[str]) -> None:
     if options.train_on_turns == "last" and options.train_on_inputs:
         messages.append("train_on_turns last does nothing while train_on_inputs is true: all tokens are learned")
+    if options.val_data_path and options.val_set_size != DataOptions.model_fields["val_set_size"].default:
+        messages.append(f"val_set_size {options.val_set_size:,} is not used: val_data_path says which rows validate")
     if tokenizer.eos_id is None and options.add_eos_token:
         messages.append("the tokenizer has no EOS token: the model is not taught where an answer ends by add_eos_token")
     if ledger.end_share < 1:

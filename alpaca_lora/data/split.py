@@ -51,8 +51,8 @@ def choose_validation(hash_N: np.ndarray, size: int | float) -> tuple[np.ndarray
     """(bool mask of the examples that validate, what to tell the user or None).
 
     hash_N: uint64, `normalised_hash` of each example. size: a count, or below 1 a share. Examples of equal hash stay
-    together; the groups with the smallest hashes are taken, whole, while they fit. A count of half of the examples or
-    more becomes 10 %, at least one; a single example, or one single group, is not split.
+    together; the groups with the smallest hashes are taken, whole, while they fit. A count or share of half of the
+    examples or more becomes 10 %, at least one; a single example, or one single group, is not split.
     """
     num_examples = len(hash_N)
     is_val_N = np.zeros(num_examples, dtype=bool)
@@ -62,10 +62,10 @@ def choose_validation(hash_N: np.ndarray, size: int | float) -> tuple[np.ndarray
         return is_val_N, "validation is off: there is one example only"
     told = None
     target = max(1, round(num_examples * size)) if size < 1 else int(size)
-    if 2 * target >= num_examples and size >= 1:
+    if size >= 0.5 if size < 1 else 2 * target >= num_examples:
         target = max(1, num_examples // 10)
         told = (
-            f"val_set_size {int(size):,} is half of the {num_examples:,} examples or more: "
+            f"val_set_size {size if size < 1 else int(size):,} is half of the {num_examples:,} examples or more: "
             f"{target:,} (10 %) validate instead"
         )
     groups, group_N, counts = np.unique(hash_N, return_inverse=True, return_counts=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alpaca_lora.config import Options
+from alpaca_lora.errors import ConfigError
 
 
 class GenerationOptions(Options):
@@ -34,3 +35,14 @@ class GenerationOptions(Options):
         [], description="texts that end the answer; they are not part of it", json_schema_extra={"commas": False}
     )
     stream: bool = Field(True, description="show the answer while it is made")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> GenerationOptions:
+        if self.input and self.prompt is None:
+            raise ConfigError(
+                "input is given without a prompt",
+                field="input",
+                expected="prompt with it",
+                fix="give prompt, or leave input out: a chat does not read it",
+            )
+        return self

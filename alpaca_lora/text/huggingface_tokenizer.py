@@ -1,20 +1,21 @@
 """Reads a tokenizer from a Hugging Face folder and writes one that transformers loads with the same ids.
 
-Knows tokenizer.json, tokenizer.model, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and the end
-ids of generation_config.json. Runs no code out of the folder.
+Knows tokenizer.json, tokenizer.model, tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+chat_template.jinja and the end ids of generation_config.json. Runs no code out of the folder.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from alpaca_lora.errors import ModelFileError
 from alpaca_lora.text.sentencepiece_tokenizer import definition_from_model
-from alpaca_lora.text.tokenizer_definition import TokenizerDefinition, special
+from alpaca_lora.text.tokenizer_definition import TokenizerDefinition
 
 _ROLES = ("bos", "eos", "pad", "unk")
 _OURS = {"chat_template", "add_bos_token", "added_tokens_decoder", "auto_map", *(f"{role}_token" for role in _ROLES)}
@@ -26,6 +27,7 @@ def definition_from_folder(folder: Path) -> TokenizerDefinition:
     special_map = _object(folder / "special_tokens_map.json")
     json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
     names = {role: _token(config, special_map, role, folder) for role in _ROLES}
+    listed = _listed_special(config, special_map)
     add_bos: bool | None = None
     if json_file.is_file():
         backend = _read_backend(json_file)
@@ -33,6 +35,7 @@ def definition_from_folder(folder: Path) -> TokenizerDefinition:
         pieces = definition_from_model(model_file)
         backend, add_bos = pieces.backend, pieces.add_bos
         names = {role: names[role] or getattr(pieces, role) for role in _ROLES}
+        _add_older(backend, folder / "added_tokens.json", listed)
     else:
         raise ModelFileError(
             "has no tokenizer",
@@ -40,7 +43,7 @@ def definition_from_folder(folder: Path) -> TokenizerDefinition:
             expected="tokenizer.json or tokenizer.model",
             fix="put the tokenizer of the model into the folder",
         )
-    _add_declared(backend, config, folder)
+    _add_declared(backend, config, folder, listed)
     if isinstance(config.get("add_bos_token"), bool):
         add_bos = config["add_bos_token"]
     elif add_bos is None:
@@ -126,25 +129,58 @@ def _token(config: dict[str, Any], special_map: dict[str, Any], role: str, folde
     return value
 
 
-def _add_declared(backend: Tokenizer, config: dict[str, Any], folder: Path) -> None:
-    """Tokens that only tokenizer_config.json declares; their ids must come out as declared."""
+def _listed_special(config: dict[str, Any], special_map: dict[str, Any]) -> set[str]:
+    """Tokens that the files name as special: those with a role, and the additional ones."""
+    values: list[Any] = [*special_map.values(), *(config.get(f"{role}_token") for role in _ROLES)]
+    values.append(config.get("additional_special_tokens"))
+    entries = [entry for value in values for entry in (value if isinstance(value, list) else [value])]
+    tokens = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
+    return {token for token in tokens if isinstance(token, str)}
+
+
+def _add_declared(backend: Tokenizer, config: dict[str, Any], folder: Path, listed: set[str]) -> None:
+    """Tokens that only tokenizer_config.json declares, with their flags."""
     declared = config.get("added_tokens_decoder")
     if not isinstance(declared, dict):
         return
     for index, entry in sorted(((int(i), e) for i, e in declared.items() if i.isdecimal()), key=lambda pair: pair[0]):
-        content = entry.get("content") if isinstance(entry, dict) else entry
+        flags = entry if isinstance(entry, dict) else {"content": entry, "special": True}
+        content = flags.get("content")
         if not isinstance(content, str):
             continue
-        if backend.token_to_id(content) is None:
-            backend.add_special_tokens([special(content)])
-        if backend.token_to_id(content) != index:
-            raise ModelFileError(
-                f"{content!r} is token {backend.token_to_id(content)} in the tokenizer",
-                file=folder / "tokenizer_config.json",
-                field="added_tokens_decoder",
-                expected=f"id {index}",
-                fix="take both files of the same model",
-            )
+        special = flags.get("special") is True or content in listed
+        token = AddedToken(
+            content, special=special, normalized=flags.get("normalized", not special) is True,
+            lstrip=flags.get("lstrip") is True, rstrip=flags.get("rstrip") is True,
+            single_word=flags.get("single_word") is True,
+        )  # fmt: skip
+        _add(backend, token, index, folder / "tokenizer_config.json", "added_tokens_decoder")
+
+
+def _add_older(backend: Tokenizer, path: Path, listed: set[str]) -> None:
+    """Tokens of added_tokens.json (token -> id), which older folders have beside tokenizer.model."""
+    declared = _object(path)
+    for content, index in declared.items():
+        if not content or not isinstance(index, int) or isinstance(index, bool):
+            raise ModelFileError(f"{index!r} is not an id", file=path, field=content, expected="token: id")
+    for content, index in sorted(declared.items(), key=lambda pair: pair[1]):
+        special = content in listed or re.fullmatch(r"<\|.+\|>", content) is not None
+        _add(backend, AddedToken(content, special=special, normalized=False), index, path, content)
+
+
+def _add(backend: Tokenizer, token: AddedToken, index: int, file: Path, field: str) -> None:
+    """Add a token that is not there yet; its id must come out as declared."""
+    content = token.content
+    if backend.token_to_id(content) is None:
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    if backend.token_to_id(content) != index:
+        raise ModelFileError(
+            f"{content!r} is token {backend.token_to_id(content)} in the tokenizer",
+            file=file,
+            field=field,
+            expected=f"id {index}",
+            fix="take both files of the same model",
+        )
 
 
 def _adds_bos(backend: Tokenizer, bos: str | None) -> bool:

@@ -1,5 +1,9 @@
 """Reads a template file: JSON or YAML ``{description, prompt_input, prompt_no_input, response_split}``, or a Jinja chat
-template. Knows the file, not what a template does."""
+template. Knows the file, not what a template does.
+
+``response_split`` is read for compatibility and not needed: answers are decoded from the new tokens, so nothing has to
+be split off.
+"""
 
 from __future__ import annotations
 

@@ -42,8 +42,9 @@ class InstructionTemplate:
 
     Slots are ``{instruction}`` and ``{input}`` as in Python's format strings (``{{`` is a brace). A system message (the
     row's own goes before the option's) stands as a paragraph of its own in front of the preamble. Later turns repeat
-    the blocks without the preamble, one blank line after the answer before them. A row without input takes
-    ``prompt_no_input``.
+    the blocks without the preamble, one blank line after the answer before them. The preamble is the text up to the
+    first blank line, where more text (a heading) follows before the first slot. A row without input takes
+    ``prompt_no_input``. ``response_split`` is recorded and not used.
     """
 
     name: str
@@ -136,9 +137,20 @@ class InstructionTemplate:
     def _blocks(self, *, has_input: bool, preamble: bool) -> list[_Part]:
         prompt = self.prompt_input if has_input else self.prompt_no_input
         parts = [_Part(literal, slot) for literal, slot, _, _ in Formatter().parse(prompt)]
-        if not preamble:  # the heading of the first slot stands after the preamble's blank line
-            parts[0] = _Part(parts[0].literal.rpartition("\n\n")[2], parts[0].slot)
-        return parts
+        if preamble:
+            return parts
+        first = next(number for number, part in enumerate(parts) if part.slot is not None)
+        lead = "".join(part.literal for part in parts[: first + 1])  # an escaped brace cuts a literal in two
+        return [_Part(_without_preamble(lead), parts[first].slot), *parts[first + 1 :]]
+
+
+def _without_preamble(lead: str) -> str:
+    """The text before the first slot from its heading on; the heading may have a blank line of its own after it."""
+    if "\n\n" not in lead:
+        return lead
+    lead = lead.lstrip("\n")
+    heading = lead.partition("\n\n")[2].lstrip("\n")
+    return heading if heading.strip() else lead
 
 
 class _Writer:

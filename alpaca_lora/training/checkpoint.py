@@ -163,6 +163,8 @@ def verify(path: Path) -> Checkpoint:
         raise ModelFileError("missing", file=manifest_path, expected="a checkpoint folder") from None
     except ValueError as error:
         raise ModelFileError(f"not JSON: {error}", file=manifest_path) from error
+    except OSError as error:
+        raise ModelFileError(f"cannot be read: {error.strerror}", file=manifest_path) from error
     if not isinstance(manifest, dict) or manifest.get("sha256") != _manifest_digest(manifest):
         raise ModelFileError("changed since it was written", file=manifest_path)
     if manifest["format_version"] != FORMAT_VERSION:
@@ -176,7 +178,11 @@ def verify(path: Path) -> Checkpoint:
             raise ModelFileError("missing", file=file)
         if file.stat().st_size != expected["size"]:
             raise ModelFileError(f"{file.stat().st_size} bytes", file=file, expected=f"{expected['size']}")
-        if hash_file(file).sha256 != expected["sha256"]:
+        try:
+            digest = hash_file(file).sha256
+        except OSError as error:
+            raise ModelFileError(f"cannot be read: {error.strerror}", file=file) from error
+        if digest != expected["sha256"]:
             raise ModelFileError("changed since it was written (sha256 differs)", file=file)
     return Checkpoint(path, int(manifest["step"]), manifest)
 

@@ -5,6 +5,7 @@ The log is part of a checkpoint: a resumed run's log equals the uninterrupted on
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -64,7 +65,10 @@ class MetricsLog:
 
     def close(self) -> None:
         for tracker in self._trackers:
-            tracker.close()
+            try:
+                tracker.close()
+            except Exception as error:  # as in `write`: the adapter is still to be saved
+                self._say(f"{type(tracker).__name__} could not be closed: {error}")
 
     def _append(self, path: Path) -> None:
         """Write what is not written yet. After a failure the whole file is written anew: its end may be half a line."""
@@ -118,6 +122,13 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def require_trackers(report_to: Iterable[str], wandb_project: str) -> None:
+    """MachineError when a tracker that is asked for is not installed; before anything is moved or written."""
+    for name in [*report_to, *(["wandb"] if wandb_project else [])]:
+        if importlib.util.find_spec(name) is None:
+            raise MachineError(f"{name} is not installed", field="report_to", fix=f"pip install 'alpaca-lora[{name}]'")
 
 
 def open_trackers(

@@ -58,6 +58,7 @@ class Probe:
 class Sizes(Protocol):
     """The options that decide memory: of `data.options` and `training.options`."""
 
+    batch_size: int
     micro_batch_size: int
     cutoff_len: int
     seed: int
@@ -75,15 +76,23 @@ def memory_limit(options: Sizes, device: torch.device) -> int:
 def check_fits(measured: Probe, limit: int, options: Sizes) -> None:
     """MachineError when what was measured does not fit into ``limit`` bytes."""
     if measured.needed_bytes > limit:
-        refuse(measured, measured.needed_bytes, limit, options)
+        refuse(measured, measured.needed_bytes, limit, options, measured.num_tokens)
 
 
-def longest_batch(table: Table, token_budget: int) -> Batch:
+def foretell(smaller: Probe | None, measured: Probe, num_tokens: int) -> int:
+    """Peak bytes of a micro-batch of ``num_tokens``, on the line through one or two smaller ones."""
+    slope = measured.bytes_per_token
+    if smaller is not None and measured.num_tokens > smaller.num_tokens:
+        slope = (measured.peak_bytes - smaller.peak_bytes) / (measured.num_tokens - smaller.num_tokens)
+    return int(measured.peak_bytes + slope * max(0, num_tokens - measured.num_tokens))
+
+
+def longest_batch(table: Table, token_budget: int, batch_size: int) -> Batch:
     """The longest rows of the table, as many as a micro-batch holds: what needs the most memory of all."""
     chosen, total = [], 0
     for row in np.argsort(-table.lengths, kind="stable"):
         length = int(table.lengths[row])
-        if chosen and total + length > token_budget:
+        if len(chosen) == batch_size or (chosen and total + length > token_budget):
             break
         chosen.append(int(row))
         total += length
@@ -100,7 +109,7 @@ def probe(
     ``options.max_memory_gb`` (what is free now); the message names the smallest change that would make it fit.
     """
     device = device or torch.device("cpu")
-    batch = longest_batch(table, options.micro_batch_size * options.cutoff_len)
+    batch = longest_batch(table, options.micro_batch_size * options.cutoff_len, options.batch_size)
     trained = [parameter for _, parameter in adapter.trained_parameters()]
     baseline = current_memory_bytes(device)
     limit = memory_limit(options, device)
@@ -118,11 +127,13 @@ def probe(
 
     reset_peak_memory(device)
     try:
-        pilot = measured(longest_batch(table, max(1, batch.num_tokens // PILOT_SHARE)))
-        foretold = int(pilot.peak_bytes + pilot.bytes_per_token * max(0, batch.num_tokens - pilot.num_tokens))
-        # a pilot's own overhead is not per token, so only a foretelling far over the limit is believed unmeasured
-        if foretold > 1.5 * limit:
-            refuse(pilot, foretold + optimizer_bytes, limit, options)
+        pilot = measured(longest_batch(table, max(1, batch.num_tokens // PILOT_SHARE), options.batch_size))
+        if foretell(None, pilot, batch.num_tokens) > limit:
+            # what is not per token weighs much in so small a try: a larger one, and the slope between both
+            larger = measured(longest_batch(table, max(1, batch.num_tokens // 2), options.batch_size))
+            foretold = foretell(pilot, larger, batch.num_tokens)
+            if foretold > limit:  # a processor's memory is not refused but killed for: not tried
+                refuse(larger, foretold + optimizer_bytes, limit, options, batch.num_tokens)
         for _ in range(2):
             check_signals()
             result = measured(batch)
@@ -154,20 +165,23 @@ def _step(model: CausalLM, adapter: Adapter, loss: Loss, batch: Batch, seed: int
     return time.perf_counter() - started
 
 
-def refuse(measured: Probe, needed: int, limit: int, options: Sizes) -> NoReturn:
+def refuse(measured: Probe, needed: int, limit: int, options: Sizes, num_tokens: int) -> NoReturn:
     """Raise MachineError with the smallest change that fits."""
     raise MachineError(
         f"the run needs {_gib(needed)} at its peak and may take {_gib(limit)} "
         f"({_gib(measured.baseline_bytes)} before the first step, "
         f"{measured.bytes_per_token / 2**10:,.0f} KiB for each of a micro-batch's tokens)",
-        field="micro_batch_size", fix=smallest_change(measured, needed, limit, options),
+        field="micro_batch_size", fix=smallest_change(measured, needed, limit, options, num_tokens),
     )  # fmt: skip
 
 
-def smallest_change(measured: Probe, needed: int, limit: int, options: Sizes) -> str:
-    """What to change, and only that: fewer rows in a micro-batch changes no result, a shorter cutoff does."""
+def smallest_change(measured: Probe, needed: int, limit: int, options: Sizes, num_tokens: int) -> str:
+    """What to change, and only that: fewer rows in a micro-batch changes no result, a shorter cutoff does.
+
+    ``num_tokens``: of the micro-batch that needs ``needed`` bytes.
+    """
     per_token = max(1.0, measured.bytes_per_token * (1 + RESERVE))
-    fixed = needed - per_token * options.micro_batch_size * options.cutoff_len
+    fixed = needed - per_token * num_tokens
     tokens = int((limit - fixed) / per_token)
     if tokens >= options.cutoff_len:
         return f"set --micro_batch_size {tokens // options.cutoff_len} (the result stays the same)"

@@ -4,6 +4,7 @@ stops loudly.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 import time
@@ -67,7 +68,8 @@ class Saver:
 
     def _give_up(self, step: int, files: Mapping[str, bytes], error: OSError) -> MachineError:
         what = f"checkpoint-{step} could not be saved {MAX_FAILURES} times in a row: {self._explain(files, error)}"
-        emergency = Path(tempfile.gettempdir()) / f"alpaca-lora-emergency-{self.store.folder.name}"
+        whose = hashlib.sha256(str(self.store.folder.absolute()).encode()).hexdigest()[:8]
+        emergency = Path(tempfile.gettempdir()) / f"alpaca-lora-emergency-{self.store.folder.name}-{whose}"
         try:
             saved = CheckpointStore(emergency).save(step, files, about=self.about, write_adapter=self.write_adapter)
         except (OSError, MachineError) as second:
@@ -76,7 +78,7 @@ class Saver:
         return MachineError(
             what,
             file=self.store.folder,
-            fix=f"make room, then --resume_from_checkpoint {saved.path} (saved there instead)",
+            fix=f"go on with --resume_from_checkpoint {saved.path} (saved there instead) and another --output_dir",
         )
 
     def _explain(self, files: Mapping[str, bytes], error: OSError) -> str:

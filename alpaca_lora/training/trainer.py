@@ -105,6 +105,8 @@ class Trainer:
                 self._evaluate_and_save()
         except Interrupted as interrupted:
             raise self._stop(interrupted) from None
+        finally:
+            self.adapter.set_rows(None)  # whoever asks the model next is not training
         self._save_now()
         self._take_best_weights()
         check_moved(self.adapter, self.state.step)
@@ -261,7 +263,10 @@ class Trainer:
         record = checkpoint.state()
         self.optimizer.load_state(checkpoint.tensors(), updates=record["updates"], file=str(checkpoint.path / TENSORS))
         self.state = TrainState.from_record(record["state"], file=checkpoint.path / STATE)
-        self._saved_step = checkpoint.step
+        patience = self.options.early_stopping_patience  # may have been raised since
+        self.state.stopped_early = bool(patience) and self.state.evaluations_since_best >= patience
+        if self.saver is None or self.saver.store.path(checkpoint.step) == checkpoint.path:
+            self._saved_step = checkpoint.step  # one in another folder is not saved here yet
         if (best := self.state.best_step) is None:
             return
         try:
@@ -271,6 +276,7 @@ class Trainer:
                 f"the best checkpoint so far cannot be used ({error}); the best is sought anew from here on"
             )
             self.state.best_step = self.state.best_val_loss = None
+            self.state.evaluations_since_best = 0
             return
         if self.saver is None or not self.saver.store.path(best).is_dir():
             self._best_weights = weights  # the checkpoint that is resumed lies in another folder

@@ -186,7 +186,11 @@ def _rope_scaling(
         "factor": keys.number("rope.scaling.factor"),
         "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length"),
     }
-    optional = {"attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+    for name in ("rope.scaling.yarn_attn_factor", "rope.scaling.attn_factor"):
+        # we do not know whether it replaces or multiplies
+        if keys.has(name) and (factor := keys.number(name)) != 1.0:
+            raise keys.error(name, f"{factor:g} is not supported", "1, or no such key")
+    optional = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
     for gguf, hf in optional.items():
         if keys.has(f"rope.scaling.{gguf}"):
             scaling[hf] = keys.number(f"rope.scaling.{gguf}")

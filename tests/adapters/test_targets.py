@@ -90,6 +90,8 @@ def test_plain_modules() -> None:
         ([r".*\.(q|v)_proj"], r".*\.(q|v)_proj"),
         ([r".*\.(q|v)_proj", "o_proj"], ["o_proj", "q_proj", "v_proj"]),
         ([r".*1.*\.q_proj", "o_proj"], ["model.layers.1.self_attn.q_proj", "o_proj"]),
+        ([".*self_attn.*"], ["k_proj", "o_proj", "q_proj", "v_proj"]),  # matches the block itself too
+        ([r".*0\.mlp\..*"], [f"model.layers.0.mlp.{p}_proj" for p in ("down", "gate", "up")]),
         (["all-linear"], sorted(["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"])),
     ],
 )

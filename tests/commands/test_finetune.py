@@ -108,6 +108,35 @@ def test_a_run_ends_with_figures_and_a_complete_folder(finetune: Command, tmp_pa
     assert "rows in" in shown and "step 6/6" in shown
 
 
+def test_without_validation_the_report_answers_without_dropout(finetune: Command, tmp_path: Path) -> None:
+    """The last micro-batch's dropout keys must not meet the samples' prompts."""
+    code, _, shown = finetune(tmp_path / "out", val_set_size=0, lora_dropout=0.5, num_sample_answers=2)
+    assert code == 0 and "report: " in shown
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("the model's answer") == 2
+
+
+def test_a_report_that_fails_does_not_fail_the_run(
+    finetune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr("alpaca_lora.commands.finetune.write_report", full)
+    code, _, shown = finetune(tmp_path / "out")
+    assert code == 0 and "report.html was not written: OSError: no room" in shown
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_rows_longer_than_the_models_context_are_told_of(finetune: Command, tmp_path: Path) -> None:
+    model = tiny_model(max_position_embeddings=32)
+    short = write_folder(
+        tmp_path / "short", model.named_parameters(), model.config.to_hf(), tokenizer_saver=save_tokenizer
+    )
+    code, _, shown = finetune(tmp_path / "out", base_model=short)
+    assert code == 0 and "the model's context is 32" in shown
+
+
 def test_the_best_weights_are_the_ones_saved(finetune: Command, tmp_path: Path) -> None:
     diverging = {"learning_rate": 30.0, "lr_scheduler_type": "constant", "save_total_limit": 9}
     code, result, _ = finetune(tmp_path / "out", eval_steps=1, **diverging)

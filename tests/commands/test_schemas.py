@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from alpaca_lora.cli import COMMANDS
-from alpaca_lora.commands.schemas import SCHEMAS, FinetuneConfig, GenerateConfig
+from alpaca_lora.commands.schemas import SCHEMAS, FinetuneConfig, GenerateConfig, MergeConfig
 from alpaca_lora.config import Options, resolve
 from tests.package_files import CHECKOUT
 
@@ -27,6 +27,8 @@ def test_no_key_stands_in_two_rooms(command: str) -> None:
     for room in SCHEMAS[command].__mro__:
         if issubclass(room, Options) and room is not Options:
             for key in inspect.get_annotations(room):
+                if (room.__name__, key) == ("MergeConfig", "dtype"):  # only described anew, see below
+                    continue
                 if key in SCHEMAS[command].model_fields:
                     owners.setdefault(key, []).append(room.__name__)
     assert {key: rooms for key, rooms in owners.items() if len(rooms) > 1} == {}
@@ -64,3 +66,9 @@ def test_the_reference_flags_are_read_as_they_are_written() -> None:
 def test_the_models_keys_are_the_same_in_every_command() -> None:
     for key in ("base_model", "device", "dtype", "num_threads"):
         assert FinetuneConfig.model_fields[key].default == GenerateConfig.model_fields[key].default
+
+
+def test_merge_describes_its_dtype_and_changes_nothing_else_of_it() -> None:
+    mine, models = MergeConfig.model_fields["dtype"], GenerateConfig.model_fields["dtype"]
+    assert (mine.annotation, mine.default) == (models.annotation, models.default)
+    assert "merged weights" in str(mine.description) and mine.description != models.description

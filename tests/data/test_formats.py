@@ -225,6 +225,41 @@ def test_fields_that_are_not_read_are_told_once(tmp_path: Path) -> None:
     assert notes == ["of each row 'instruction', 'input', 'output' are read, not 'id'"]
 
 
+def test_fields_of_turns_and_of_later_rows_that_are_not_read_are_told(tmp_path: Path) -> None:
+    notes: list[str] = []
+    asks, says = {"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b", "weight": 1}
+    rows = [{"messages": [asks, says], "system": [5]}, {"messages": [asks, {**says, "refusal": None}], "id": 8}]
+    list(read_rows(write(tmp_path, "rows.jsonl", rows), on_note=notes.append))
+    unread = "'messages[].name', 'id', 'messages[].refusal'"
+    assert notes == [f"of each row 'messages', 'system' are read, not {unread}"]
+
+
+def test_the_names_of_unread_fields_are_bounded(tmp_path: Path) -> None:
+    notes: list[str] = []
+    path = write(tmp_path, "rows.jsonl", [{**ALPACA, f"k{i}": i} for i in range(40)])
+    list(read_rows(path, on_note=notes.append))
+    assert len(notes) == 1 and notes[0].endswith("'k10', 'k11' and more")
+
+
+@pytest.mark.parametrize("content", ["Let me look.", [{"type": "text", "text": "Let me look."}]], ids=["text", "parts"])
+def test_tool_calls_stand_behind_the_text(tmp_path: Path, content: object) -> None:
+    says = {"role": "assistant", "content": content, "tool_calls": [{"id": "é"}]}
+    (one,) = read_conversations(write(tmp_path, "rows.jsonl", [{"messages": [{"role": "user", "content": "a"}, says]}]))
+    assert one.messages[1].content == 'Let me look.\n[{"id": "é"}]'
+
+
+@pytest.mark.parametrize("weight", [0, 0.5])
+def test_a_turn_of_another_weight_is_an_error(tmp_path: Path, weight: float) -> None:
+    says = {"role": "assistant", "content": "b"}
+    asks = {"role": "user", "content": "a"}
+    rows = [{"messages": [asks, {**says, "weight": given}]} for given in (1, None, weight)]
+    path = write(tmp_path, "rows.jsonl", rows)
+    with pytest.raises(DataError) as error:
+        list(read_conversations(path))
+    assert (error.value.file, error.value.line, error.value.field) == (str(path), 3, "messages[1].weight")
+    assert error.value.what == f"weight {weight} is not supported" and error.value.fix == "remove the row or the field"
+
+
 def test_the_real_files(shared_data: Path) -> None:
     chats = list(read_conversations(shared_data / "sharegpt_zh_demo.json"))
     assert len(chats) == 300 and {m.role for c in chats for m in c.messages} == {"user", "assistant", "tool"}

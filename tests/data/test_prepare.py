@@ -177,6 +177,10 @@ def test_rows_of_the_validation_file_leave_the_training_rows(tmp_path: Path) -> 
     assert prepared.ledger.dropped == {"in_val_data": 2} and prepared.ledger.rows_in == 24
     assert prepared.messages[0].startswith("2 training rows are in val_data_path too")
     assert prepared.messages[1].startswith("1 training rows differ from a validation row by case")
+    unused = "val_set_size 7 is not used: val_data_path says which rows validate"
+    default = prepare_rows(path, val_data_path=[str(val)])
+    assert unused in prepared.messages and not any("val_set_size" in told for told in default.messages)
+    assert prepared.fingerprint == default.fingerprint
     assert {Path(name).name for name in prepared.data_hashes} == {"train.jsonl", "val.jsonl"}
     with pytest.raises(DataError, match=r"train.jsonl: data_path: none of the 20 rows can be used \(in_val_data 20\)"):
         prepare_rows(path, val_data_path=[str(path)])

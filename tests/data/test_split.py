@@ -30,9 +30,9 @@ def test_equal_rows_are_on_one_side_and_training_keeps_some(hash_N: np.ndarray, 
 def test_rows_that_all_differ_give_the_exact_count(num_rows: int, size: float, random) -> None:
     hash_N = np.array(random.sample(range(10**6), num_rows), dtype=np.uint64)
     is_val_N, told = choose_validation(hash_N, size)
-    if size < 1:
-        assert is_val_N.sum() == min(max(1, round(num_rows * size)), num_rows - 1)
-    elif 2 * size < num_rows:
+    if size < 0.5:
+        assert is_val_N.sum() == max(1, round(num_rows * size)) and told is None
+    elif 1 <= size < num_rows / 2:
         assert is_val_N.sum() == size and told is None
     else:
         assert is_val_N.sum() == max(1, num_rows // 10) and told is not None
@@ -56,6 +56,12 @@ def test_a_few_rows_more_hardly_move_the_others() -> None:
 def test_small_sets_are_clamped_with_a_message() -> None:
     is_val_N, told = choose_validation(np.arange(30, dtype=np.uint64), 2000)
     assert is_val_N.sum() == 3 and told is not None and "val_set_size 2,000" in told and "3 (10 %)" in told
+    is_val_N, told = choose_validation(np.arange(30, dtype=np.uint64), 0.5)
+    assert (
+        is_val_N.sum() == 3 and told == "val_set_size 0.5 is half of the 30 examples or more: 3 (10 %) validate instead"
+    )
+    is_val_N, told = choose_validation(np.arange(30, dtype=np.uint64), 0.4)
+    assert is_val_N.sum() == 12 and told is None
     is_val_N, told = choose_validation(np.arange(1, dtype=np.uint64), 2000)
     assert not is_val_N.any() and told is not None and "validation is off" in told
     is_val_N, told = choose_validation(np.zeros(9, dtype=np.uint64), 3)

@@ -11,6 +11,7 @@ import transformers
 from tokenizers import normalizers, processors
 
 from alpaca_lora.errors import ModelFileError
+from alpaca_lora.text.huggingface_tokenizer import definition_from_folder
 from alpaca_lora.text.messages import Conversation, Message
 from alpaca_lora.text.rendered import Rendered, Span
 from alpaca_lora.text.sentencepiece_tokenizer import definition_from_model
@@ -87,6 +88,52 @@ def test_tokens_declared_beside_the_file(tmp_path: Path) -> None:
     assert tokenizer.special_tokens["<|new|>"] == size
     with pytest.raises(ModelFileError, match=rf"'<\|new\|>' is token {size}.*expected id 9999"):
         Tokenizer.from_folder(folder_with(tmp_path, {"added_tokens_decoder": {"9999": {"content": "<|new|>"}}}))
+
+
+def test_flags_of_declared_tokens_are_kept(tmp_path: Path) -> None:
+    size = byte_level().vocab_size
+    flags = {"special": False, "normalized": True, "lstrip": True, "rstrip": False}
+    declared = {
+        str(size): {"content": "plain", **flags},
+        str(size + 1): {"content": "<pad>", **flags, "lstrip": False, "rstrip": True},
+    }
+    config = {"added_tokens_decoder": declared, "pad_token": "<pad>"}
+    backend = definition_from_folder(folder_with(tmp_path, config)).backend
+    added = backend.get_added_tokens_decoder()
+    plain, pad = added[size], added[size + 1]
+    assert (plain.special, plain.normalized, plain.lstrip, plain.rstrip) == (False, True, True, False)
+    assert (pad.special, pad.normalized, pad.lstrip, pad.rstrip) == (True, True, False, True)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert "plain" not in tokenizer.special_tokens and size in tokenizer.encode_text("a plain")
+
+
+def test_added_tokens_of_older_folders(tmp_path: Path) -> None:
+    sentencepiece_file(tmp_path)
+    size = Tokenizer.from_folder(tmp_path).vocab_size
+    tokens = ("[PAD]", "<|turn|>", "lamp_12", "<extra>")
+    added = {token: size + number for number, token in enumerate(tokens)}
+    special_map = {"pad_token": {"content": "[PAD]"}, "additional_special_tokens": ["<extra>"]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special_map), encoding="utf-8")
+    (tmp_path / "added_tokens.json").write_text(json.dumps(dict(reversed(added.items()))), encoding="utf-8")
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.pad_id == size and tokenizer.vocab_size == size + 4
+    assert set(added) & tokenizer.special_tokens.keys() == {"[PAD]", "<|turn|>", "<extra>"}
+    ids = tokenizer.encode_text("a lamp_12 <|turn|>")
+    assert size + 2 in ids and size + 1 not in ids  # the special one stays plain characters in a text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"[PAD]": 9999}, r"added_tokens\.json: \[PAD\]: .*is token 420 in the tokenizer, expected id 9999"),
+        ({"[PAD]": "420"}, r"added_tokens\.json: \[PAD\]: '420' is not an id"),
+    ],
+)
+def test_added_tokens_with_other_ids_are_refused(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    sentencepiece_file(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ModelFileError, match=message):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_legacy_llama_folders_equal_the_file_itself(tmp_path: Path) -> None:

@@ -89,6 +89,22 @@ def test_turns_follow_each_other_with_one_preamble() -> None:
     assert texts(rendered, "user_spans") == ["Be brief.", "one?", "1", "42", "2"]
 
 
+@pytest.mark.parametrize(
+    ("lead", "later"),
+    [
+        ("You help.\n\nUSER:\n\n", "USER:\n\n"),
+        ("You help.\n\n\nUSER:\n", "USER:\n"),
+        ("USER:\n\n", "USER:\n\n"),  # a heading without a preamble
+        ("USER: ", "USER: "),
+        ("You {{help}}.\n\nUSER: ", "USER: "),
+    ],
+)
+def test_the_heading_of_an_own_template_stays_in_later_turns(lead: str, later: str) -> None:
+    own = InstructionTemplate("own", lead + "{instruction} {input}\nA: ", lead + "{instruction}\nA: ", "A:")
+    rendered = own.render(chat(("user", "one?"), ("assistant", "1"), ("user", "two?"), ("assistant", "2")))
+    assert rendered.text == f"{lead.format()}one?\nA: 1\n\n{later}two?\nA: 2"
+
+
 def test_the_rows_system_message_goes_before_the_options() -> None:
     row = chat(("user", "q"), ("assistant", "a"))
     assert ALPACA.render(row, system_prompt="Own.").text.startswith("Own.\n\nBelow is")

@@ -36,6 +36,17 @@ def test_lines_and_trackers(tmp_path: Path) -> None:
     assert recorder.seen == [({"train_loss": 0.1 + 0.2}, 1)] and recorder.closed
 
 
+def test_a_tracker_that_cannot_be_closed_costs_nothing_else(tmp_path: Path) -> None:
+    class Stuck(Recorder):
+        def close(self) -> None:
+            raise ConnectionError("no network")
+
+    said: list[str] = []
+    after = Recorder()
+    MetricsLog(tmp_path / "m.jsonl", trackers=[Stuck(), after], say=said.append).close()
+    assert after.closed and said == ["Stuck could not be closed: no network"]
+
+
 def test_begins_with_the_checkpoints_lines_and_nothing_after_them(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3')

@@ -9,7 +9,7 @@ from alpaca_lora.data.table import ExampleTable
 from alpaca_lora.errors import MachineError
 from alpaca_lora.training import preflight
 from alpaca_lora.training.loss import causal_lm_loss
-from alpaca_lora.training.preflight import Probe, check_fits, longest_batch, probe, smallest_change
+from alpaca_lora.training.preflight import Probe, check_fits, foretell, longest_batch, probe, smallest_change
 from alpaca_lora.training.probe_cache import ProbeCache
 from tests.tiny import tiny_model
 from tests.training.tiny_run import LENGTHS, table
@@ -24,6 +24,7 @@ class Sizes:
     seed: int = 7
     gradient_checkpointing: bool = False
     max_memory_gb: float | None = None
+    batch_size: int = 64
 
 
 def measured(*, per_token: int, baseline: int = GIB, num_tokens: int = 2048) -> Probe:
@@ -39,9 +40,19 @@ def probed(sizes: Sizes, **overrides):
 
 
 def test_longest_batch_takes_the_longest_rows_that_fit():
-    batch = longest_batch(ExampleTable.from_examples(table()), 60)
+    batch = longest_batch(ExampleTable.from_examples(table()), 60, 8)
     assert batch.lengths == (29, 23)  # 29 + 23 + 17 > 60
-    assert longest_batch(ExampleTable.from_examples(table()), 1).lengths == (29,)  # one row at least
+    assert longest_batch(ExampleTable.from_examples(table()), 1, 8).lengths == (29,)  # one row at least
+
+
+def test_longest_batch_is_never_more_rows_than_a_step_has():
+    assert longest_batch(ExampleTable.from_examples(table()), 60, 1).lengths == (29,)
+
+
+def test_foretelling_by_two_tries_leaves_out_what_is_not_per_token():
+    small, large = Probe(0, 1000 + 10 * 8, 8, 8, 1.0, 0), Probe(0, 1000 + 10 * 32, 32, 8, 1.0, 0)
+    assert foretell(small, large, 64) == 1000 + 10 * 64
+    assert foretell(None, small, 64) > 4 * foretell(small, large, 64)
 
 
 def test_probe_measures_and_leaves_no_trace():
@@ -95,7 +106,7 @@ def test_smallest_change(limit, sizes, change):
 
 def test_what_fits_is_not_refused():
     check_fits(measured(per_token=2**20), 4 * GIB, Sizes(4, 512))
-    assert "micro_batch_size" in smallest_change(measured(per_token=2**20), 3 * GIB, 2 * GIB, Sizes(4, 512))
+    assert "micro_batch_size" in smallest_change(measured(per_token=2**20), 3 * GIB, 2 * GIB, Sizes(4, 512), 2048)
 
 
 def test_probe_is_remembered_for_the_same_facts_only(tmp_path):

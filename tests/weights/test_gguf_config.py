@@ -117,6 +117,16 @@ def test_rope_scaling(tmp_path: Path, fields: dict[str, Any], scaling: dict[str,
     assert config_of(tmp_path, fields=fields).get("rope_scaling") == scaling
 
 
+@pytest.mark.parametrize("key", ["yarn_attn_factor", "attn_factor"])
+def test_an_attention_factor_of_yarn_is_refused(tmp_path: Path, key: str) -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
+    fields = {f"rope.scaling.{name}": value for name, value in yarn.items()}
+    scaling = config_of(tmp_path, fields={**fields, f"rope.scaling.{key}": 1.0})["rope_scaling"]
+    assert scaling == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    with pytest.raises(ModelFileError, match=rf"llama\.rope\.scaling\.{key}.*1\.2 is not supported"):
+        config_of(tmp_path, fields={**fields, f"rope.scaling.{key}": 1.2})
+
+
 LLAMA3 = {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
