@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alpaca_lora.adapters.lora import Lora
+    from alpaca_lora.adapters.adapt import adapt, load_adapted
     from alpaca_lora.adapters.peft_format import load_adapter, save_adapter
     from alpaca_lora.data.loader import Loader
     from alpaca_lora.data.prepare import prepare
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from alpaca_lora.models.load import load_base
     from alpaca_lora.text.messages import Conversation, Message
     from alpaca_lora.text.templates import load_template
-    from alpaca_lora.text.tokenizer import Tokenizer
     from alpaca_lora.training.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -30,11 +29,11 @@ __all__ = [
     "Conversation",
     "Engine",
     "Loader",
-    "Lora",
     "Message",
     "SamplingParams",
-    "Tokenizer",
     "Trainer",
+    "adapt",
+    "load_adapted",
     "load_adapter",
     "load_base",
     "load_template",
@@ -48,11 +47,11 @@ _HOMES = {
     "Conversation": "text.messages",
     "Engine": "inference.engine",
     "Loader": "data.loader",
-    "Lora": "adapters.lora",
     "Message": "text.messages",
     "SamplingParams": "inference.request",
-    "Tokenizer": "text.tokenizer",
     "Trainer": "training.trainer",
+    "adapt": "adapters.adapt",
+    "load_adapted": "adapters.adapt",
     "load_adapter": "adapters.peft_format",
     "load_base": "models.load",
     "load_template": "text.templates",

@@ -21,6 +21,7 @@ COMMANDS = {
     "check": "everything finetune does before its first step, and two probe steps; trains nothing",
     "generate": "answer a prompt, or chat in the terminal, with a base model and an adapter",
     "merge": "fold an adapter into its base model and write a Hugging Face folder",
+    "combine": "make one LoRA adapter of several that were trained on the same base model",
     "pull": "fetch a model into the cache",
 }
 SIGPIPE_EXIT = 141

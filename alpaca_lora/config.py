@@ -27,6 +27,8 @@ from alpaca_lora.flags import Flag, parse_flags, split_list
 from alpaca_lora.yaml_reader import read_yaml, resolve_scalar
 
 CONFIG_KEY = "config"
+DEFAULT = "default"  # where a value came from that nobody gave
+OTHER_DEFAULT = "default of this method"  # a command may default otherwise where another key says so
 # what YAML cannot hold, and the line breaks of Unicode that it folds into a space
 _UNSAFE = re.compile(Reader.NON_PRINTABLE.pattern + "|[\x85\u2028\u2029\ufeff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -59,7 +61,7 @@ class Options(BaseModel):
             return data
         fields = cls.model_fields
         split = {
-            key: split_list((value,), key, commas=_splits_commas(fields[key]))
+            key: _items(split_list((value,), key, commas=_splits_commas(fields[key])), fields[key].annotation)
             if isinstance(value, str) and key in fields and _takes_list(fields[key].annotation)
             else value
             for key, value in data.items()
@@ -112,7 +114,7 @@ def resolve(schema: type[T], argv: Sequence[str], command: str) -> Resolved[T]:
     """
     problems: list[ConfigError] = []
     values: dict[str, Any] = {}
-    origins = dict.fromkeys(keys_of(schema), "default")
+    origins = dict.fromkeys(keys_of(schema), DEFAULT)
     flags = _known_flags(schema, list(argv), command, problems)
     config_path = _config_path(flags.pop(CONFIG_KEY, None))
     if config_path is not None:
@@ -134,6 +136,9 @@ def resolve(schema: type[T], argv: Sequence[str], command: str) -> Resolved[T]:
     if problems:
         raise _one_error(problems)
     assert value is not None
+    for key, origin in origins.items():
+        if origin == DEFAULT and getattr(value, key) != schema.model_fields[key].get_default(call_default_factory=True):
+            origins[key] = OTHER_DEFAULT
     return Resolved(value, origins, command)
 
 
@@ -146,7 +151,7 @@ def keys_of(schema: type[Options]) -> list[str]:
 def located(error: E, origins: Mapping[str, str]) -> E:
     """The same error with the file and line, or the flag, that its field came from; itself where it has a place."""
     origin = origins.get(error.field or "")
-    if error.file is not None or origin is None or origin in ("default", "problem"):
+    if error.file is not None or origin is None or origin in (DEFAULT, OTHER_DEFAULT, "problem"):
         return error
     parts: dict[str, Any] = {"expected": error.expected, "fix": error.fix}
     if origin == "flag":
@@ -161,7 +166,7 @@ def dump(resolved: Resolved[Any]) -> Table:
     for name in ("key", "value", "from"):
         table.add_column(name, overflow="fold")
     for key, value, origin in resolved.rows():
-        table.add_row(key, escape(value), escape(origin), style="dim" if origin == "default" else "bold")
+        table.add_row(key, escape(value), escape(origin), style="dim" if origin == DEFAULT else "bold")
     return table
 
 
@@ -215,7 +220,7 @@ def _flag_value(flag: Flag, field: FieldInfo) -> Any:
         if not flag.words:
             raise ConfigError("no value", field=name, expected=describe(field))
         words = split_list(flag.words, flag.key, commas=_splits_commas(field))
-        return None if words == ["null"] and type(None) in members else words
+        return None if words == ["null"] and type(None) in members else _items(words, field.annotation)
     if flag.negated and flag.words:
         raise ConfigError(f"takes no value, {flag.words[0]!r} given", field=name)
     if not flag.words and bool in members:
@@ -226,6 +231,13 @@ def _flag_value(flag: Flag, field: FieldInfo) -> Any:
         fix = "put a text of several words into quotes" if len(flag.words) > 1 and str in members else None
         raise ConfigError(what, field=name, expected=describe(field), fix=fix)
     return _from_word(flag.words[0], members)
+
+
+def _items(words: list[str], annotation: Any) -> list[Any]:
+    """The words of a list as numbers where its items are numbers; a word that is none stays text."""
+    items = [arg for part in _parts(annotation) if get_origin(part) in (list, tuple) for arg in get_args(part)]
+    kinds = tuple(kind for item in items for kind in _parts(item))
+    return [_from_word(word, kinds) for word in words] if {int, float} & set(kinds) else list(words)
 
 
 def _from_word(word: str, members: tuple[Any, ...]) -> Any:
@@ -346,7 +358,8 @@ def _describe_type(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " or ".join(str(choice) for choice in get_args(annotation))
     if get_origin(annotation) in (list, tuple):
-        return f"a list of {_describe_type(get_args(annotation)[0])}".replace("of an integer", "of integers")
+        words = f"a list of {_describe_type(get_args(annotation)[0])}"
+        return words.replace("of an integer", "of integers").replace("of a number", "of numbers")
     return _WORD_TYPES.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

@@ -315,3 +315,16 @@ def test_describe_names_type_and_limits() -> None:
     fields = TinyConfig.model_fields
     assert describe(fields["size"]) == "an integer or a number >= 0"
     assert describe(fields["sinks"]) == "a list of board or cloud"
+
+
+class ListOptions(Options):
+    shares: list[float] = Field([], description="numbers")
+    layers: list[int] = Field([], description="whole numbers")
+
+
+def test_the_items_of_a_list_are_numbers_where_numbers_are_wanted() -> None:
+    value = resolve(ListOptions, ["--shares", "0.7", "-3", "--layers", "1,2"], "finetune").value
+    assert (value.shares, value.layers) == ([0.7, -3.0], [1, 2])
+    assert ListOptions(shares="1,2e-1").shares == [1.0, 0.2]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="'x' is not possible, expected a list of"):
+        resolve(ListOptions, ["--layers", "1,x"], "finetune")

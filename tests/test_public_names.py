@@ -10,7 +10,7 @@ import pytest
 import alpaca_lora
 from tests.package_files import CHECKOUT
 
-NAMES = """AlpacaLoraError Conversation Engine Loader Lora Message SamplingParams Tokenizer Trainer load_adapter
+NAMES = """AlpacaLoraError Conversation Engine Loader Message SamplingParams Trainer adapt load_adapted load_adapter
     load_base load_template pick_compute prepare save_adapter""".split()
 
 

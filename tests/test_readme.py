@@ -280,7 +280,7 @@ def execute(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert cli.main(words) == 0
         return
     monkeypatch.setattr(sys, "stdin", io.StringIO("When do you open?\n"))
-    if words[0] in ("finetune", "merge"):
+    if words[0] in ("finetune", "merge", "combine"):
         value: Any = resolve(SCHEMAS[words[0]], words[1:], words[0]).value
         shutil.rmtree(value.output_dir, ignore_errors=True)
     if "--resume_from_checkpoint" in words:

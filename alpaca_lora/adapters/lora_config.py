@@ -22,9 +22,10 @@ DEFAULTS: Mapping[str, Any] = {
     "lora_alpha": 8, "lora_dropout": 0.0, "modules_to_save": None, "peft_type": "LORA", "r": 8, "rank_pattern": {},
     "revision": None, "target_modules": None, "task_type": None, "use_dora": False, "use_rslora": False,
 }  # fmt: skip
+NO_TARGETS = "dummy-target-modules"  # PEFT's word for a file without an update of low rank: whole modules, biases
 # What a file may say besides, as long as it says nothing (None, False, empty): each of these changes the numbers.
 REFUSED = (
-    "modules_to_save", "use_dora", "lora_bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters",
+    "lora_bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters",
     "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
     "velora_config", "monteclora_config", "megatron_config",
 )  # fmt: skip

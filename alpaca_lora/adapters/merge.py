@@ -22,6 +22,7 @@ from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord
 from alpaca_lora.device import Compute
 from alpaca_lora.errors import AdapterError, NumericalError, UserError
 from alpaca_lora.models.attention import Packed
+from alpaca_lora.models.classifier import SCORE_WEIGHT, class_logits, classifier_config, find_score
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.models.load import Base, load_base
 from alpaca_lora.text.rendered import Rendered, Span
@@ -81,7 +82,7 @@ def merge_into_folder(
     unchecked = target.with_name(f".{target.name}.{uuid.uuid4().hex}.unchecked")
     try:
         write_folder(
-            unchecked, _merged_parameters(base.model, adapter, dtype), _config(base, dtype),
+            unchecked, _merged_parameters(base.model, adapter, dtype), _config(base, dtype, record),
             extra_files=_extra_files(base, record), tokenizer_saver=base.tokenizer.save,
             max_shard_bytes=max_shard_bytes,
         )  # fmt: skip
@@ -116,26 +117,35 @@ def check_free(folder: str | PathLike[str]) -> None:
 
 def storage_dtype(model: nn.Module) -> torch.dtype:
     """bfloat16 if every weight of a base is a bfloat16 number, so that only merged ones are rounded; else float32."""
-    for parameter in model.parameters():
-        if not torch.equal(parameter, parameter.bfloat16().to(parameter.dtype)):
+    for name, parameter in model.named_parameters():
+        if name != SCORE_WEIGHT and not torch.equal(parameter, parameter.bfloat16().to(parameter.dtype)):
             return torch.float32
     return torch.bfloat16
 
 
 def _merged_parameters(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """One at a time; takes the adapter off after the last weight that it changes."""
-    merged: set[str] = set()
+    """One at a time; takes the adapter off after the last weight that it changes. A classifier is written without the
+    head over tokens, and its own head as it is.
+    """
+    left_out = "lm_head." if find_score(model) is not None else None
+    done: set[str] = set()
     for name, weight in adapter.merged_tensors():
-        merged.add(name)
-        yield name, weight.to(dtype)
+        done.add(name)
+        yield name, weight if name == SCORE_WEIGHT else weight.to(dtype)
     adapter.remove()
     for name, parameter in model.named_parameters():
-        if name not in merged:
-            yield name, parameter.detach().to(dtype)
+        if name not in done and not (left_out and name.startswith(left_out)):
+            yield name, parameter.detach() if name == SCORE_WEIGHT else parameter.detach().to(dtype)
 
 
-def _config(base: Base, dtype: torch.dtype) -> dict[str, object]:
-    return {**base.config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
+def _config(base: Base, dtype: torch.dtype, record: AdapterRecord | None) -> dict[str, object]:
+    # an adapter may have given a tied model a head of its own
+    tied = base.config.tie_word_embeddings and base.model.lm_head is None
+    config = {**base.config.to_hf(), "tie_word_embeddings": tied, "torch_dtype": str(dtype).removeprefix("torch.")}
+    score = find_score(base.model)
+    if score is None:
+        return config
+    return classifier_config(config, record.labels if record is not None and record.labels else score.labels)
 
 
 def _extra_files(base: Base, record: AdapterRecord | None) -> dict[str, bytes]:
@@ -169,7 +179,8 @@ def _logits(model: CausalLM, ids: Sequence[int], lengths: Sequence[int]) -> torc
     device = next(model.parameters()).device
     positions_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
     hidden_TD = model(torch.tensor(ids, device=device), positions_T, Packed(lengths))
-    return model.logits(hidden_TD).cpu()
+    logits = model.logits(hidden_TD) if find_score(model) is None else class_logits(model, hidden_TD)
+    return logits.cpu()
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:

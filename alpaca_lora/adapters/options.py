@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from alpaca_lora.config import Options
+
+Method = Literal["lora", "dora", "pissa", "adalora", "ia3", "prefix", "prompt", "freeze", "bitfit", "full"]
+DEFAULT_TEXT = "Below is an instruction that describes a task. Write a response that completes the request."
 
 
 class AdapterOptions(Options):
     """The adapter's part of the configuration."""
 
-    method: str = Field("lora", description="adaptation method")
-    lora_r: int = Field(8, ge=1, le=16384, description="rank of the update")
+    method: Method = Field("lora", description="adaptation method")
+    lora_r: int = Field(8, ge=1, le=16384, description="rank of the update; adalora: mean rank at the end")
     lora_alpha: float = Field(
         16.0, gt=0, le=1_000_000, description="the update is scaled by alpha / rank (rsLoRA: alpha / sqrt(rank))"
     )
@@ -23,4 +28,48 @@ class AdapterOptions(Options):
     )
     use_rslora: bool = Field(
         False, description="scale by alpha / sqrt(rank), which suits high ranks (rank-stabilized LoRA)"
+    )
+    lora_plus_ratio: float = Field(
+        1.0, ge=0.01, le=1000, description="learning rate of lora_B over that of lora_A (LoRA+; its authors use 16)"
+    )
+    rank_pattern: list[str] = Field([], description="ranks of single modules, NAME=RANK, for example q_proj=16")
+    alpha_pattern: list[str] = Field([], description="alphas of single modules, NAME=ALPHA")
+    layers_to_transform: list[int] = Field([], description="adapt only decoder layers of these numbers; none: all")
+    modules_to_save: list[str] = Field([], description="modules to train wholly beside the adapter, by ends of names")
+    adalora_init_r: int | None = Field(
+        None, ge=1, le=16384, description="rank of every module at the start; none: one and a half times lora_r"
+    )
+    adalora_tinit: int | float = Field(
+        0.1, ge=0, description="steps before ranks begin to fall: a count, or below 1 a share of all steps"
+    )
+    adalora_tfinal: int | float = Field(
+        0.3, ge=0, description="steps after the ranks are final: a count, or below 1 a share of all steps"
+    )
+    adalora_delta_t: int = Field(1, ge=1, description="steps between two changes of the ranks")
+    adalora_beta1: float = Field(0.85, gt=0, lt=1, description="decay of the mean sensitivity of a weight")
+    adalora_beta2: float = Field(0.85, gt=0, lt=1, description="decay of the mean uncertainty of a sensitivity")
+    adalora_orth_weight: float = Field(
+        0.1, ge=0, le=1000, description="weight of the penalty that keeps singular vectors orthogonal"
+    )
+    num_virtual_tokens: int = Field(16, ge=1, le=65536, description="prefix, prompt: learned tokens before each row")
+    virtual_tokens_text: str = Field(
+        DEFAULT_TEXT, description="prefix, prompt: text whose activations the learned tokens start from; empty: random"
+    )
+    prefix_projection: bool = Field(
+        False, description="prefix: learn through a two-layer network, which is folded away when it is saved"
+    )
+    prefix_hidden_size: int | None = Field(
+        None, ge=1, le=65536, description="prefix: width of that network; none: the model's width"
+    )
+    ia3_feedforward_modules: list[str] = Field(
+        ["down_proj"], description="ia3: targets whose input is scaled, and not their output"
+    )
+    train_last_layers: int = Field(
+        2, ge=0, description="freeze: decoder layers to train, from the top, with the final norm; 0: the head only"
+    )
+    trained_modules: list[str] = Field(
+        [], description="freeze: modules to train in place of the last layers: ends of names or regular expressions"
+    )
+    bitfit_parts: Literal["auto", "biases", "norms", "both"] = Field(
+        "auto", description="bitfit: what to train; auto: the biases, or the norms where the model has no bias"
     )

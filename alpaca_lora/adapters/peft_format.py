@@ -20,8 +20,11 @@ import torch
 from torch import nn
 
 from alpaca_lora.adapters.base import Adapter, method_class
+from alpaca_lora.adapters.lora_config import NO_TARGETS
 from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord, read_record
-from alpaca_lora.errors import AdapterError, ModelFileError, NumericalError, UserError, nearest
+from alpaca_lora.errors import AdapterError, AlpacaLoraError, ModelFileError, NumericalError, UserError, nearest
+from alpaca_lora.models.classifier import attach_score
+from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.weights.safetensors_file import (
     disk_error,
     file_sha256,
@@ -36,7 +39,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 MAX_CONFIG_BYTES = 4 * 2**20
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_PEFT_TYPES: Mapping[str, str] = {"LORA": "lora"}  # PEFT's type -> our method
+# PEFT's type -> our method; LORA stands for several, see `method_of`
+_PEFT_TYPES: Mapping[str, str] = {
+    "LORA": "lora", "ADALORA": "adalora", "IA3": "ia3", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"
+}  # fmt: skip
 
 
 def adapter_folder(folder: str | PathLike[str], name: str = "default") -> Path:
@@ -70,7 +76,15 @@ def save_adapter(
     """
     tensors = adapter.state_tensors()
     _check_worth_saving(adapter, tensors, allow_untrained)
-    config = dict(adapter.config)
+    return write_adapter(folder, tensors, adapter.config, record)
+
+
+def write_adapter(
+    folder: str | PathLike[str], tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any],
+    record: AdapterRecord | None = None,
+) -> str:  # fmt: skip
+    """`save_adapter` for tensors that are on no model: PEFT key -> tensor, and the content of adapter_config.json."""
+    config = dict(config)
     if record is not None:
         config["base_model_name_or_path"] = record.base_model
     target = Path(folder)
@@ -165,6 +179,16 @@ def read_config(folder: str | PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def method_of(config: Mapping[str, Any]) -> str:
+    """Our name of the method that reads an adapter_config.json (PiSSA is saved as the LoRA that it comes to)."""
+    method = _PEFT_TYPES[config["peft_type"]]
+    if method != "lora":
+        return method
+    if config.get("target_modules") in (NO_TARGETS, [NO_TARGETS]):
+        return "freeze"
+    return "dora" if config.get("use_dora") else "lora"
+
+
 def load_adapter(
     folder: str | PathLike[str], model: nn.Module, base_fingerprint: str | None = None, *, trainable: bool = False,
     ignore_base_mismatch: bool = False, name: str = "default",
@@ -183,10 +207,45 @@ def load_adapter(
     _check_weights_file(root, weights)
     if record is not None:
         _check_base(root, record, base_fingerprint, ignore_base_mismatch)
-    method = method_class(_PEFT_TYPES[config["peft_type"]])
+    method = method_class(method_of(config))
     header = read_header(weights)
-    expected = method.expected_shapes(model, config, file=root / CONFIG_NAME)
-    _check_tensors(weights, {key: entry.shape for key, entry in header.tensors.items()}, expected)
+    added = _add_score(model, config, header.tensors, record, weights)
+    try:
+        expected = method.expected_shapes(model, config, file=root / CONFIG_NAME)
+        _check_tensors(weights, {key: entry.shape for key, entry in header.tensors.items()}, expected)
+        tensors = read_tensors(root, record)
+    except AlpacaLoraError:
+        if added:
+            model.score = None  # pyright: ignore[reportArgumentType]
+        raise
+    return method.from_peft(model, config, tensors, trainable=trainable, file=root / CONFIG_NAME), record
+
+
+def _add_score(
+    model: nn.Module, config: Mapping[str, Any], found: Mapping[str, Any], record: AdapterRecord | None, file: Path
+) -> bool:
+    """Put a head for as many classes as the file has on a language model that has none yet; whether it was put."""
+    if config.get("task_type") != "SEQ_CLS" or not isinstance(model, CausalLM):
+        return False
+    keys = [key for key in found if key.endswith(".score.weight")]
+    if len(keys) != 1 or len(found[keys[0]].shape) != 2:
+        raise AdapterError("is of a classifier and holds no head", file=file, field="score.weight")
+    number, labels = found[keys[0]].shape[0], record.labels if record is not None else []
+    if labels and len(labels) != number:
+        raise AdapterError(f"the record names {len(labels)} labels, the head has {number} outputs", file=file)
+    new = model.score is None
+    attach_score(model, labels or number, seed=0)
+    return new
+
+
+def read_tensors(root: Path, record: AdapterRecord | None) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder by PEFT key, as stored: finite floating point numbers, of the save that `record`
+    was written for.
+
+    UserError: no weights, or pickled ones only. ModelFileError: damaged. NumericalError: NaN or Inf.
+    """
+    weights = root / WEIGHTS_NAME
+    _check_weights_file(root, weights)
     if record is not None and record.adapter_sha256 and file_sha256(weights) != record.adapter_sha256:
         raise ModelFileError(
             f"is not the file that {RECORD_NAME} was written for: changed, or a save was cut", file=weights,
@@ -199,7 +258,7 @@ def load_adapter(
             raise ModelFileError(f"is stored as {kind}", file=weights, field=key, expected="floating point numbers")
         if not torch.isfinite(tensor).all():
             raise NumericalError("holds NaN or Inf", file=weights, field=key, fix="use an earlier checkpoint")
-    return method.from_peft(model, config, tensors, trainable=trainable, file=root / CONFIG_NAME), record
+    return tensors
 
 
 def _check_weights_file(root: Path, weights: Path) -> None:

@@ -21,7 +21,9 @@ RECORD_FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """What travels with an adapter. template: what `Template.to_record` gave; metrics: the run's last figures."""
+    """What travels with an adapter. template: what `Template.to_record` gave; metrics: the run's last figures.
+    labels: names of a classifier's classes, in the order of its outputs; empty for one that writes text.
+    """
 
     base_model: str
     base_fingerprint: str
@@ -35,6 +37,7 @@ class AdapterRecord:
     data_hashes: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
     version: str = ""  # of this package
     adapter_sha256: str = ""  # of adapter_model.safetensors; filled in by `save_adapter`
     format_version: int = RECORD_FORMAT
@@ -63,10 +66,10 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "base_model": (str,), "base_fingerprint": (str,), "template": (dict,), "system_prompt": (str, type(None)),
     "stop_ids": (list,), "stop_strings": (list,), "add_bos": (bool,), "add_eos": (bool,),
     "tokenizer_fingerprint": (str,), "data_hashes": (dict,),
-    "config": (dict,), "metrics": (dict,), "version": (str,), "adapter_sha256": (str,),
+    "config": (dict,), "metrics": (dict,), "labels": (list,), "version": (str,), "adapter_sha256": (str,),
     "format_version": (int,),
 }  # fmt: skip
-_ITEM_TYPES: Mapping[str, type] = {"stop_ids": int, "stop_strings": str, "data_hashes": str}
+_ITEM_TYPES: Mapping[str, type] = {"stop_ids": int, "stop_strings": str, "data_hashes": str, "labels": str}
 
 
 def _check(content: dict[str, Any], file: str | PathLike[str]) -> None:

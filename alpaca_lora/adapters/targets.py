@@ -66,7 +66,7 @@ def match_targets(model: nn.Module, entries: Sequence[str]) -> tuple[list[str], 
     return [name for name in linears if name in found], problems
 
 
-def _matcher(entry: str) -> Callable[[str], bool]:
+def _matcher(entry: str, field: str = "lora_target_modules") -> Callable[[str], bool]:
     if entry == ALL_LINEAR:
         return lambda name: name.rpartition(".")[2] not in HEADS
     if _METACHARACTERS.isdisjoint(entry):
@@ -75,7 +75,7 @@ def _matcher(entry: str) -> Callable[[str], bool]:
         expression = re.compile(entry)
     except re.error as error:
         raise ConfigError(
-            f"{entry!r} is not a regular expression: {error}", field="lora_target_modules",
+            f"{entry!r} is not a regular expression: {error}", field=field,
             expected="a name or a regular expression of whole names", fix=r"for example '.*\.(q|v)_proj'",
         ) from error  # fmt: skip
     return lambda name: expression.fullmatch(name) is not None
@@ -160,3 +160,63 @@ def _layer_index(name: str, patterns: str | Iterable[str] | None) -> int | None:
         if match:
             return int(match.group(1))
     return None
+
+
+HEAD_OF_CLASSES = "score"  # Hugging Face's name of a sequence classifier's head
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's name of what the model does; None for a module that is no language model."""
+    if has_class_head(model):
+        return "SEQ_CLS"
+    return "CAUSAL_LM" if is_language_model(model) and hasattr(model, "lm_head") else None
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Ours, or transformers'. Names alone do not tell: anybody's module may have a `score` or an `lm_head`."""
+    return hasattr(model, "head_weight") or hasattr(model, "prepare_inputs_for_generation")
+
+
+def has_class_head(model: nn.Module) -> bool:
+    """True for a language model that carries a sequence classifier's head."""
+    return is_language_model(model) and getattr(model, HEAD_OF_CLASSES, None) is not None
+
+
+def find_modules(model: nn.Module, entries: Sequence[str], *, field: str = "modules_to_save") -> list[str]:
+    """Full names of the modules with weights that the entries name (ends, whole names or regular expressions, as in
+    `find_targets`), in the model's order; a classifier's head is always among them. ConfigError when an entry names
+    none.
+    """
+    names = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
+    found: set[str] = set()
+    for entry in entries:
+        matches = _matcher(entry, field)
+        hits = [name for name in names if matches(name)]
+        if not hits:
+            known = dict.fromkeys(name.rpartition(".")[2] for name in names)
+            alike = nearest(entry, list(known), count=3)
+            fix = f"nearest: {', '.join(alike)}" if alike else None
+            if entry.rpartition(".")[2] in HEADS and hasattr(model, "embeddings"):
+                fix = "the head is the embedding here (tied): name that one, which trains both"
+            raise ConfigError(
+                f"{entry!r} names no module with weights", field=field, expected="ends of names of modules", fix=fix
+            )
+        found.update(hits)
+    if has_class_head(model):
+        found.add(HEAD_OF_CLASSES)
+    return [name for name in names if name in found]
+
+
+def in_layers(names: Iterable[str], layers: Sequence[int], patterns: Sequence[str] = ()) -> list[str]:
+    """Those of ``names`` that lie in one of the decoder layers with these numbers. ConfigError for a number that no
+    name has.
+    """
+    names = list(names)
+    numbers = {name: _layer_index(name, list(patterns)) for name in names}
+    known = {number for number in numbers.values() if number is not None}
+    if missing := sorted(set(layers) - known):
+        raise ConfigError(
+            f"no target lies in layer {', '.join(map(str, missing))}", field="layers_to_transform",
+            expected=f"numbers from {min(known)} to {max(known)}" if known else "targets that lie in numbered layers",
+        )  # fmt: skip
+    return [name for name in names if numbers[name] in set(layers)]

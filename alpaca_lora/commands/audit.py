@@ -17,7 +17,6 @@ from alpaca_lora.commands.job import Job
 from alpaca_lora.data.preview import length_histogram, row_panel, spread_rows
 from alpaca_lora.device import peak_memory_bytes
 from alpaca_lora.home import home
-from alpaca_lora.training.loss import causal_lm_loss
 from alpaca_lora.training.preflight import Probe, check_fits, longest_batch, memory_limit, probe
 from alpaca_lora.training.probe_cache import ProbeCache
 from alpaca_lora.training.schedule import total_steps
@@ -34,7 +33,7 @@ def audit(job: Job, console: Console, signals: SignalFlag, *, measure_anew: bool
     train, tokenizer = job.prepared.train, job.base.tokenizer
     console.print(token_table(job))
     for row in spread_rows(train.lengths, num_rows):
-        console.print(row_panel(train[row], tokenizer, number=row))
+        console.print(row_panel(train[row], tokenizer, number=row, labels=job.prepared.labels))
     console.print(length_histogram(train.lengths, job.config.cutoff_len))
     signals.check()
     measured, recalled = measure(job, signals, measure_anew=measure_anew)
@@ -54,11 +53,16 @@ def token_table(job: Job) -> Table:
         ("vocabulary", f"{tokenizer.vocab_size:,} tokens, {job.base.config.vocab_size:,} embedding rows"),
         ("BOS", f"{token(tokenizer.bos_id)}, {'put' if tokenizer.add_bos else 'not put'} before each row"),
         ("EOS", f"{token(tokenizer.eos_id)}{' (also the padding token)' if _pad_is_eos(job) else ''}"),
-        ("generation stops at", ", ".join(token(number) for number in tokenizer.stop_ids)),
-        ("template", f"{template.name}, from {template.source}, sha256 {template.digest[:12]}"),
-        ("learned", "prompts and answers" if job.config.train_on_inputs else f"answers ({job.config.train_on_turns})"),
-        ("rows that teach stopping", f"{job.prepared.ledger.end_share:.1%}"),
     ]
+    if job.config.task == "classification":
+        lines += [("template", "none: the text as it is"), ("learned", f"one label of {len(job.prepared.labels)} a row")]
+    else:
+        learned = "prompts and answers" if job.config.train_on_inputs else f"answers ({job.config.train_on_turns})"
+        lines += [
+            ("generation stops at", ", ".join(token(number) for number in tokenizer.stop_ids)),
+            ("template", f"{template.name}, from {template.source}, sha256 {template.digest[:12]}"),
+            ("learned", learned), ("rows that teach stopping", f"{job.prepared.ledger.end_share:.1%}"),
+        ]  # fmt: skip
     table = Table(title="tokens", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -79,7 +83,7 @@ def measure(job: Job, signals: SignalFlag, *, measure_anew: bool) -> tuple[Probe
         check_fits(known, memory_limit(job.config, job.compute.device), job.config)
         return known, True
     measured = probe(
-        job.base.model, job.adapter, causal_lm_loss, job.prepared.train, job.config, device=job.compute.device,
+        job.base.model, job.adapter, job.loss, job.prepared.train, job.config, device=job.compute.device,
         check_signals=signals.check,
     )  # fmt: skip
     cache.remember(measured)

@@ -18,6 +18,7 @@ from rich.console import Console
 from alpaca_lora.adapters.peft_format import load_adapter
 from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord, read_record
 from alpaca_lora.commands.chat import Chat
+from alpaca_lora.commands.label import Labeller, label_texts
 from alpaca_lora.commands.schemas import GenerateConfig
 from alpaca_lora.config import Resolved
 from alpaca_lora.device import pick_compute
@@ -82,13 +83,18 @@ class Speaker:
 
 
 def run(config: GenerateConfig, *, resolved: Resolved[GenerateConfig], console: Console) -> dict[str, Any]:
-    """Returns the last answer as JSON: text prompt_tokens completion_tokens tokens_per_second finish_reason."""
+    """Returns the last answer as JSON: text prompt_tokens completion_tokens tokens_per_second finish_reason, or of a
+    classifier label probabilities prompt_tokens seconds.
+    """
     compute = pick_compute(config.device, config.dtype, config.num_threads)
     base = load_base(config.base_model, compute)
     _note(console, f"base model: {base.name}: {base.description} ({compute.reason})")
     for notice in base.notices:
         _note(console, notice)
-    prompts = _prompt_format(config, base, console)
+    record = _record(config, base, console)
+    if base.model.score is not None:
+        return label_texts(Labeller.of(base, record), config, console, lambda text: _note(console, text))
+    prompts = _prompt_format(config, base, record, console)
     _note(
         console, f"template: {prompts.template.name} ({prompts.template.source}, sha256 {prompts.template.digest[:12]})"
     )
@@ -112,14 +118,16 @@ def sampling_params(config: GenerateConfig) -> SamplingParams:
     )  # fmt: skip
 
 
-def _prompt_format(config: GenerateConfig, base: Base, console: Console) -> PromptFormat:
-    """Put the adapter on the model, and take the template of its record unless another one was asked for."""
-    source = base.path
+def _record(config: GenerateConfig, base: Base, console: Console) -> AdapterRecord | None:
+    """Put the adapter on the model. Its record; a merged folder holds that of the adapter that went into it."""
     if config.lora_weights is not None:
-        source = Path(config.lora_weights)
-        record = _load_adapter(config.lora_weights, base, console)
-    else:  # a merged folder holds the record of the adapter that went into it
-        record = read_record(base.path) if base.path.is_dir() else None
+        return _load_adapter(config.lora_weights, base, console)
+    return read_record(base.path) if base.path.is_dir() else None
+
+
+def _prompt_format(config: GenerateConfig, base: Base, record: AdapterRecord | None, console: Console) -> PromptFormat:
+    """The template of the adapter's record, unless another one was asked for."""
+    source = base.path if config.lora_weights is None else Path(config.lora_weights)
     if record is None or not record.template:
         template = load_template(config.prompt_template_name, base.tokenizer)
         return PromptFormat.of(template, base.tokenizer, system_prompt=config.system_prompt)

@@ -14,12 +14,16 @@ from alpaca_lora.adapters.record import AdapterRecord
 from alpaca_lora.commands.schemas import FinetuneConfig
 from alpaca_lora.data.loader import Loader
 from alpaca_lora.data.prepare import Prepared, prepare
+from alpaca_lora.data.preview import class_counts_table
 from alpaca_lora.device import Compute, pick_compute, seed_everything
 from alpaca_lora.errors import ConfigError
+from alpaca_lora.models.classifier import attach_score
 from alpaca_lora.models.load import Base, load_base
-from alpaca_lora.text.rendered import Template
+from alpaca_lora.text.rendered import Rendered, Span, Template
 from alpaca_lora.text.templates import load_template
+from alpaca_lora.training.classification import ClassificationLoss, class_weights
 from alpaca_lora.training.identity import RunIdentity
+from alpaca_lora.training.loss import Judge, Loss, LossOnly, causal_lm_loss
 from alpaca_lora.training.schedule import total_steps, warmup_steps
 from alpaca_lora.training.signals import SignalFlag
 from alpaca_lora.training.state import TrainState
@@ -37,6 +41,8 @@ class Job:
     adapter: Adapter
     loader: Loader
     val_loader: Loader | None
+    loss: Loss
+    judge: Judge
 
     def identity(self) -> RunIdentity:
         """What a checkpoint must share with this run to be resumed by it."""
@@ -55,7 +61,7 @@ class Job:
         tokenizer = self.base.tokenizer
         metrics = {
             "step": state.step, "train_loss": state.train_loss, "val_loss": state.val_loss,
-            "best_val_loss": state.best_val_loss, "best_step": state.best_step,
+            "best_val_loss": state.best_val_loss, "best_step": state.best_step, **state.best_figures,
         }  # fmt: skip
         return AdapterRecord(
             base_model=self.config.base_model, base_fingerprint=self.base.fingerprint,
@@ -63,7 +69,7 @@ class Job:
             stop_ids=list(tokenizer.stop_ids), stop_strings=list(self.template.stop_tokens),
             add_bos=tokenizer.add_bos, add_eos=self.config.add_eos_token, tokenizer_fingerprint=tokenizer.fingerprint,
             data_hashes=dict(self.prepared.data_hashes), config=self.config.model_dump(), metrics=metrics,
-            version=__version__,
+            labels=list(self.prepared.labels), version=__version__,
         )  # fmt: skip
 
 
@@ -76,30 +82,58 @@ def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> J
     say(f"base model: {base.name}: {base.description} ({compute.reason})")
     for notice in base.notices:
         say(notice)
-    # before the rows are read: a wrong target is to be told of at once
-    adapter = method_class(config.method).attach(base.model, config, seed=config.seed)
-    for message in adapter.messages:
-        say(message)
+    classifies = config.task == "classification"
+    # before the rows are read: a wrong target is to be told of at once. A classifier's head has to know its classes
+    adapter = None if classifies else _attach(config, base, say)
     template = load_template(config.prompt_template_name, base.tokenizer)
-    say(f"template: {template.name} ({template.source}, sha256 {template.digest[:12]})")
+    if not classifies:
+        say(f"template: {template.name} ({template.source}, sha256 {template.digest[:12]})")
     prepared = prepare(
         config, base.tokenizer, template, system_prompt=config.system_prompt, seed=config.seed,
         on_progress=lambda *_: signals.check(),
     )  # fmt: skip
     console.print(prepared.ledger.table())
+    if classifies:
+        console.print(class_counts_table(prepared.labels, prepared.class_counts, prepared.val_class_counts))
     for message in prepared.messages:
         say(message)
+    if adapter is None:
+        attach_score(base.model, prepared.labels, seed=config.seed)
+        adapter = _attach(config, base, say)
     for message in _context_notes(base, prepared):
         say(message)
+    loss, judge = _loss(config, prepared)
     return Job(
         config, compute, base, template, prepared, adapter,
         loader=_loader(config, prepared.train), val_loader=_loader(config, prepared.val) if prepared.val else None,
+        loss=loss, judge=judge,
     )  # fmt: skip
+
+
+def _attach(config: FinetuneConfig, base: Base, say: Callable[[str], None]) -> Adapter:
+    """The method of the configuration, on the base."""
+
+    def encode_text(text: str) -> list[int]:
+        return list(base.tokenizer.encode(Rendered(text, (Span(0, len(text)),), (), False, True)).ids)
+
+    adapter = method_class(config.method).attach(base.model, config, seed=config.seed, encode_text=encode_text)
+    for message in adapter.messages:
+        say(message)
+    return adapter
+
+
+def _loss(config: FinetuneConfig, prepared: Prepared) -> tuple[Loss, Judge]:
+    """What is learned by, and judged by: of tokens, or of classes."""
+    if config.task == "generation":
+        return causal_lm_loss, LossOnly(causal_lm_loss)
+    weights = class_weights(prepared.class_counts) if config.class_weights == "balanced" else None
+    loss = ClassificationLoss(weights)
+    return loss, loss
 
 
 def _context_notes(base: Base, prepared: Prepared) -> list[str]:
     """What to say of rows longer than the model was made for; ConfigError where it has no positions for them."""
-    context = base.config.max_position_embeddings
+    context = base.config.max_position_embeddings - base.model.prefix_length
     longest = int(prepared.train.lengths.max())
     if longest <= context:
         return []

@@ -10,12 +10,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from alpaca_lora.adapters.base import method_class
 from alpaca_lora.adapters.merge import MergeReport, check_free, merge_into_folder, storage_dtype
-from alpaca_lora.adapters.peft_format import load_adapter, read_config
+from alpaca_lora.adapters.peft_format import load_adapter, method_of, read_config
 from alpaca_lora.adapters.record import AdapterRecord
 from alpaca_lora.commands.schemas import MergeConfig
 from alpaca_lora.config import Resolved
 from alpaca_lora.device import DTYPES, pick_compute
+from alpaca_lora.errors import AdapterError
 from alpaca_lora.models.load import load_base
 
 
@@ -24,7 +26,12 @@ def run(config: MergeConfig, *, resolved: Resolved[MergeConfig], console: Consol
     start = time.perf_counter()
     # what needs no model is judged before one is loaded
     check_free(config.output_dir)
-    read_config(config.lora_weights)
+    method = method_class(method_of(read_config(config.lora_weights)))
+    if not method.mergeable:
+        raise AdapterError(
+            f"is of method {method.method}, which is no change of any weight and cannot be merged",
+            file=config.lora_weights, field="lora_weights", fix="generate takes the folder beside its base model",
+        )  # fmt: skip
     # merged in float32 whatever is stored in the end
     compute = replace(pick_compute(config.device, "float32", config.num_threads), dtype=torch.float32)
     base = load_base(config.base_model, compute)

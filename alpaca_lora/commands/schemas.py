@@ -5,9 +5,10 @@ A key belongs to one room; `tests/commands/test_schemas.py` holds it. A command 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alpaca_lora.adapters.options import AdapterOptions
 from alpaca_lora.config import Options
@@ -17,9 +18,28 @@ from alpaca_lora.models.options import ModelOptions
 from alpaca_lora.text.options import TextOptions
 from alpaca_lora.training.options import TrainingOptions
 
+# What a method wants otherwise than LoRA; measured, see docs/methods.md. A key that the user gives always wins.
+METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "adalora": {"learning_rate": 1e-3},
+    "ia3": {"learning_rate": 1e-2, "lora_target_modules": ["k_proj", "v_proj", "down_proj"]},
+    "prefix": {"learning_rate": 1e-2},
+    "prompt": {"learning_rate": 3e-2},
+    "freeze": {"learning_rate": 1e-4},
+    "bitfit": {"learning_rate": 2e-3},
+    "full": {"learning_rate": 2e-5},
+}
+
 
 class FinetuneConfig(ModelOptions, DataOptions, TextOptions, AdapterOptions, TrainingOptions):
     """Everything a training run depends on."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        method = data.get("method")
+        return {**(METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}), **data}
 
 
 class CheckConfig(FinetuneConfig):
@@ -53,6 +73,41 @@ class MergeConfig(ModelOptions, MergeOptions):
     )
 
 
+CombinationKind = Literal[
+    "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",
+    "magnitude_prune", "magnitude_prune_svd",
+]  # fmt: skip
+
+
+class CombineOptions(Options):
+    """Which adapters become one, how, and where it is written."""
+
+    lora_weights: list[str] = Field(
+        min_length=2, description="LoRA adapter folders of one base model", json_schema_extra={"commas": False}
+    )
+    output_dir: str = Field(min_length=1, description="adapter folder to write; it must not hold anything yet")
+    combination: CombinationKind = Field(
+        "cat", description="cat is the exact sum and adds up the ranks; docs/adapters.md describes the others"
+    )
+    combination_weights: list[float] = Field(
+        [], description="factor of each adapter's update, also negative; none: one over their number, each"
+    )
+    density: float | None = Field(
+        None, gt=0, le=1, description="ties, dare and magnitude_prune: share of each adapter's entries that is kept"
+    )
+    majority_sign_method: Literal["total", "frequency"] | None = Field(
+        None, description="ties: the sign of the sum (total, which none means) or of the most adapters (frequency)"
+    )
+    svd_rank: int | None = Field(
+        None, ge=1, le=16384, description="kinds with svd: rank of the result; none: the largest of the adapters"
+    )
+    seed: int = Field(0, ge=0, description="dare: of what is dropped")
+
+
+class CombineConfig(CombineOptions):
+    """Adapters, how they become one, and where it goes. No base model: only the adapters' files are read."""
+
+
 class PullOptions(Options):
     """What to fetch."""
 
@@ -69,5 +124,6 @@ SCHEMAS: dict[str, type[Options]] = {
     "check": CheckConfig,
     "generate": GenerateConfig,
     "merge": MergeConfig,
+    "combine": CombineConfig,
     "pull": PullConfig,
 }

@@ -5,7 +5,7 @@ Knows nothing of training and validation: what is decided over the whole set (du
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,18 +14,22 @@ from typing import Any
 import numpy as np
 
 from alpaca_lora.data.cache import EntryWriter, entry_key
+from alpaca_lora.data.classes import LabelNumbers
 from alpaca_lora.data.cleaning import Cleaner, active_rules
 from alpaca_lora.data.encode import EncodedRow, EncodePolicy, Encoder
-from alpaca_lora.data.files import inner_suffix
-from alpaca_lora.data.formats import BadRow, Keys, read_rows
+from alpaca_lora.data.encode_labelled import LabelledEncoder
+from alpaca_lora.data.files import OnBytes, inner_suffix
+from alpaca_lora.data.formats import BadRow, Keys, OnNote, read_rows
+from alpaca_lora.data.labelled import LabelKeys, read_labelled
 from alpaca_lora.data.ledger import Ledger
 from alpaca_lora.data.options import DataOptions
 from alpaca_lora.data.split import normalised_hash, piece_hash, row_hash
-from alpaca_lora.data.table import ENDS, IS_TEXT, SPELLS_SPECIAL, TRUNCATED
+from alpaca_lora.data.table import ENDS, IS_TEXT, LABELLED, NO_LABEL, SPELLS_SPECIAL, TRUNCATED
 from alpaca_lora.errors import DataError
 from alpaca_lora.text.messages import Conversation, Message
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+RowEncoder = Encoder | LabelledEncoder
 CHUNK_ROWS = 1024
 CHUNK_CHARACTERS = 1 << 20
 NUM_SAMPLES = 16
@@ -35,14 +39,13 @@ NUM_SAMPLES = 16
 class Recipe:
     """All that decides what rows become, apart from the files, the tokenizer and the template."""
 
-    keys: Keys
+    keys: Keys | LabelKeys
     skip_cleaning: tuple[str, ...]
     skip_bad: int
     policy: EncodePolicy
-    system_prompt: str | None
 
     @classmethod
-    def of(cls, options: DataOptions, system_prompt: str | None) -> Recipe:
+    def of(cls, options: DataOptions) -> Recipe:
         policy = EncodePolicy(
             options.cutoff_len,
             options.train_on_inputs,
@@ -50,24 +53,28 @@ class Recipe:
             options.add_eos_token,
             options.over_length,
         )
-        keys = Keys(options.prompt_key, options.input_key, options.response_key)
-        return cls(keys, tuple(options.skip_cleaning), options.skip_bad, policy, system_prompt)
+        if options.task == "classification":
+            keys = LabelKeys(options.text_key, options.label_key)
+        else:
+            keys = Keys(options.prompt_key, options.input_key, options.response_key)
+        return cls(keys, tuple(options.skip_cleaning), options.skip_bad, policy)
 
-    def key(self, hashes: dict[Path, str], encoder: Encoder) -> str:
+    def read(self, path: Path, on_bytes: OnBytes, on_note: OnNote) -> Iterator[Conversation | BadRow]:
+        """The rows of a file, of the task's kind."""
+        if isinstance(self.keys, LabelKeys):
+            return read_labelled(path, self.keys, on_bytes, on_note)
+        return read_rows(path, self.keys, on_bytes, on_note)
+
+    def key(self, hashes: dict[Path, str], encoder: RowEncoder) -> str:
         """Name of the cache entry. Duplicates are dropped when it is read, so that rule is not in it."""
-        tokenizer = encoder.tokenizer
         rules = [rule for rule in active_rules(self.skip_cleaning) if rule != "duplicates"]
         return entry_key(
             {
                 "files": [[digest, inner_suffix(path)] for path, digest in hashes.items()],
-                "tokenizer": [tokenizer.fingerprint, tokenizer.add_bos, tokenizer.bos_id, tokenizer.eos_id],
-                "end_ids": sorted(encoder.end_ids),
-                "template": encoder.template.digest,
-                "system_prompt": self.system_prompt,
                 "keys": asdict(self.keys),
                 "cleaning": rules,
                 "skip_bad": self.skip_bad,
-                "policy": asdict(self.policy),
+                **encoder.key_parts(),
             }
         )
 
@@ -75,7 +82,9 @@ class Recipe:
 class Builder:
     """Fills one cache entry from a set of files; use once."""
 
-    def __init__(self, recipe: Recipe, encoder: Encoder, files: Sequence[Path], on_progress: Progress | None) -> None:
+    def __init__(
+        self, recipe: Recipe, encoder: RowEncoder, files: Sequence[Path], on_progress: Progress | None
+    ) -> None:
         self.recipe, self.encoder, self.files = recipe, encoder, files
         self.ledger = Ledger(files=[str(path) for path in files])
         self.notes: list[tuple[int, str]] = []  # file number, what to tell
@@ -83,6 +92,7 @@ class Builder:
         self._on_progress = on_progress
         self._done, self._total = 0, sum(path.stat().st_size for path in files)
         self._samples: dict[int, Conversation] = {}
+        self._labels = LabelNumbers()
         self._num_bad = 0
 
     def write(self, writer: EntryWriter) -> None:
@@ -90,7 +100,7 @@ class Builder:
         waiting: list[tuple[int, int, Conversation]] = []
         num_characters = 0
         for number, path in enumerate(self.files):
-            for row in read_rows(path, self.recipe.keys, self._on_bytes, partial(self._note, number)):
+            for row in self.recipe.read(path, self._on_bytes, partial(self._note, number)):
                 self.ledger.rows_in += 1
                 cleaned = self._accept(row, number)
                 if cleaned is None:
@@ -103,7 +113,8 @@ class Builder:
                     waiting.clear()
         self._encode(waiting, writer)
         samples = [_to_record(row) for _, row in sorted(self._samples.items())]
-        writer.finish(self.ledger, {"samples": samples, "notes": self.notes})
+        meta = {"samples": samples, "notes": self.notes, "labels": self._labels.words}
+        writer.finish(self.ledger, meta)
 
     def _note(self, file: int, text: str) -> None:
         self.notes.append((file, text))
@@ -168,6 +179,10 @@ class Builder:
         """The values of `table.COLUMNS` for each piece."""
         flags = TRUNCATED * (row.outcome == "truncated") + IS_TEXT * (conversation.kind == "text")
         flags += ENDS * bool(row.ends) + SPELLS_SPECIAL * row.spells_special
+        label = NO_LABEL
+        if conversation.kind == "labelled":
+            flags += LABELLED
+            label = self._labels.number(conversation)
         exact, normalised = row_hash(conversation), normalised_hash(conversation)
         if conversation.kind != "text":
             self._sample(normalised, conversation)
@@ -182,6 +197,7 @@ class Builder:
                 file,
                 row.num_straddling,
                 flags,
+                label,
             )
             for i, (ids_T, supervised_T) in enumerate(row.pieces)
         ]

@@ -7,10 +7,12 @@
 | whitespace         | newlines become ``\\n``, blank edges go (code keeps the indent of its first line)         |
 | noinput            | ``<noinput>``, ``No input`` and the like as input become empty; in front of an answer they |
 |                    | are cut off; a row whose whole answer is ``<noinput>`` or ``<nooutput>`` is dropped       |
-| empty_output       | drops rows without an answer                                                              |
+| empty_output       | drops rows without an answer, and texts to classify of which nothing is left              |
 | merged_records     | drops rows whose answer runs on into the next numbered record                             |
 | unanswered_turn    | removes the last turns of a chat that nobody answers                                      |
 | duplicates         | drops rows equal to an earlier one after cleaning (over the whole set, in `prepare.py`)   |
+
+Texts to classify are read by the first three, empty_output and duplicates.
 
 On the 52,002 rows of Stanford Alpaca: noinput repairs 679 and drops 52, merged_records drops 37, empty_output 28,
 control_characters repairs 2, whitespace 1, the others find nothing.
@@ -142,7 +144,8 @@ def _clean_noinput(row: Conversation) -> Conversation | None:
 def _drop_empty(row: Conversation) -> Conversation | None:
     if row.kind == "chat":  # an empty turn in a chat is an error that formats raises; cleaning may have emptied one
         return row if all(m.content.strip() for m in row.messages if m.role == "assistant") else None
-    return row if row.messages[-1].content.strip() else None
+    wanted = row.messages if row.kind == "labelled" else row.messages[-1:]
+    return row if all(message.content.strip() for message in wanted) else None
 
 
 def _drop_merged(row: Conversation) -> Conversation | None:

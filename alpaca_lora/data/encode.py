@@ -7,8 +7,8 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -93,9 +93,17 @@ class Encoder:
         self.system_prompt = system_prompt
         named = (tokenizer.special_tokens.get(token) for token in template.stop_tokens)
         self.end_ids = {i for i in (tokenizer.eos_id, *tokenizer.stop_ids, *named) if i is not None}
-        self._special = tuple(tokenizer.special_tokens)
-        openings = {token[:1] for token in self._special}
-        self._opening = openings.pop() if len(openings) == 1 else ""
+        self._spells_special = SpecialWords(tokenizer.special_tokens)
+
+    def key_parts(self) -> dict[str, Any]:
+        """What of this decides ids and masks, as JSON, for the cache's key."""
+        return {
+            **tokenizer_parts(self.tokenizer),
+            "end_ids": sorted(self.end_ids),
+            "template": self.template.digest,
+            "system_prompt": self.system_prompt,
+            "policy": asdict(self.policy),
+        }
 
     def encode_many(self, conversations: Sequence[Conversation]) -> list[EncodedRow]:
         """One `EncodedRow` per conversation. Raises DataError for an over-long row when the policy is ``error``."""
@@ -104,7 +112,7 @@ class Encoder:
         try:
             encoded = iter(self.tokenizer.encode_many(good))
         except (UnicodeEncodeError, TypeError):
-            _refuse_surrogates(conversations)
+            refuse_surrogates(conversations)
             raise
         return [
             self._encode(conversation, one, next(encoded))
@@ -123,7 +131,9 @@ class Encoder:
         front, back = self._added(rendered, encoded.ids)
         num_front, num_back = len(front), len(back)
         ids_T = np.array([*front, *encoded.ids, *back], dtype=np.int32)
-        spells_special = self._spells_special(conversation)
+        spells_special = self._spells_special(
+            text for message in conversation.messages for text in (message.content, message.context)
+        )
         if conversation.kind == "text":
             return self._encode_text(ids_T, num_front, spells_special)
         supervised_T, num_straddling = self._mask(rendered, encoded, num_front, num_back)
@@ -136,13 +146,7 @@ class Encoder:
             if self.policy.over_length == "drop":
                 return EncodedRow("dropped", reason=OVER_LENGTH)
             if self.policy.over_length == "error":
-                raise DataError(
-                    f"the row has {len(ids_T):,} tokens",
-                    file=conversation.file,
-                    line=conversation.line,
-                    expected=f"at most cutoff_len = {cutoff:,}",
-                    fix="raise cutoff_len, or set over_length to truncate or drop",
-                )
+                raise over_length_error(conversation, len(ids_T), cutoff)
             outcome, ends = "truncated", False
             ids_T, supervised_T = ids_T[:cutoff], supervised_T[:cutoff]
         if not supervised_T.any():
@@ -222,13 +226,6 @@ class Encoder:
                 pieces.append(_all_learned(ids_T[start : start + cutoff]))
         return EncodedRow("split", tuple(pieces), spells_special=spells_special)
 
-    def _spells_special(self, conversation: Conversation) -> bool:
-        for message in conversation.messages:
-            for text in (message.content, message.context):
-                if self._opening in text and any(token in text for token in self._special):
-                    return True
-        return False
-
 
 def _all_learned(ids_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     supervised_T = np.ones(len(ids_T), dtype=bool)
@@ -236,7 +233,36 @@ def _all_learned(ids_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids_T, supervised_T
 
 
-def _refuse_surrogates(conversations: Sequence[Conversation]) -> None:
+def over_length_error(conversation: Conversation, num_tokens: int, cutoff_len: int) -> DataError:
+    """What is said of a row above cutoff_len where over_length is ``error``."""
+    return DataError(
+        f"the row has {num_tokens:,} tokens",
+        file=conversation.file,
+        line=conversation.line,
+        expected=f"at most cutoff_len = {cutoff_len:,}",
+        fix="raise cutoff_len, or set over_length to truncate or drop",
+    )
+
+
+class SpecialWords:
+    """Whether a text spells a special token: it stays text, and is counted."""
+
+    def __init__(self, special_tokens: Collection[str]) -> None:
+        self._words = tuple(special_tokens)
+        openings = {token[:1] for token in self._words}
+        self._opening = openings.pop() if len(openings) == 1 else ""
+
+    def __call__(self, texts: Iterable[str]) -> bool:
+        return any(self._opening in text and any(word in text for word in self._words) for text in texts)
+
+
+def tokenizer_parts(tokenizer: RowTokenizer) -> dict[str, Any]:
+    """What of a tokenizer decides ids, as JSON, for the cache's key."""
+    return {"tokenizer": [tokenizer.fingerprint, tokenizer.add_bos, tokenizer.bos_id, tokenizer.eos_id]}
+
+
+def refuse_surrogates(conversations: Sequence[Conversation]) -> None:
+    """DataError naming file and line of the first text that is no Unicode."""
     for conversation in conversations:
         for turn, message in enumerate(conversation.messages):
             for text in (message.content, message.context):

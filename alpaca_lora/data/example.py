@@ -13,11 +13,14 @@ class TokenizedExample:
 
     ids_T: int32. supervised_T: bool, True where the token is a target. The first token of a row is never a target.
     index: position of the row in its table, stable over epochs and runs; it keys the row's randomness.
+    label: the number of its class, of a text to classify: then no token is a target, the last one is classified, and
+    supervised_T marks it.
     """
 
     ids_T: np.ndarray
     supervised_T: np.ndarray
     index: int
+    label: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -25,4 +28,4 @@ class TokenizedExample:
 
     @property
     def num_supervised(self) -> int:
-        return int(self.supervised_T[1:].sum())
+        return int(self.supervised_T[1:].sum()) if self.label is None else 1

@@ -15,7 +15,7 @@ The first readable row of a file decides; JSON arrays and JSON lines are told ap
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,29 +77,41 @@ def read_rows(
 ) -> Iterator[Conversation | BadRow]:
     """Every row of the file, bad ones in place. Raises DataError where nothing more can be read: damaged compression,
     a broken JSON array, a file without rows, a format that is not known. Blank lines are not rows."""
+    if inner_suffix(path) in TEXT_SUFFIXES:
+        yield from _read_text(_filled(path, on_bytes)[1], path)
+        return
+    records = json_records(path, f"JSON, JSON lines, or text named {', '.join(TEXT_SUFFIXES)}", on_bytes)
+    yield from _read_records(records, path, keys or Keys(), on_note)
+
+
+def json_records(path: Path, expected: str, on_bytes: OnBytes | None = None) -> Iterator[Record]:
+    """The file's JSON values, lines and arrays told apart by their beginning. Raises DataError for an empty file and
+    for one that is no JSON; ``expected``: the formats, for its message.
+    """
+    first, chunks = _filled(path, on_bytes)
+    opening = first.lstrip()[:1]
+    if inner_suffix(path) in LINE_SUFFIXES or (opening == b"{" and _first_line_is_whole(first)):
+        return read_json_lines(chunks, path)
+    if opening in (b"[", b"{"):
+        return read_json_values(chunks, path)
+    start = first[:40].decode("utf-8", "replace")
+    raise DataError(
+        f"the format is not known, it begins {start!r}",
+        file=path,
+        line=1,
+        expected=f"{expected}, each also {' or '.join(COMPRESSED_SUFFIXES)}",
+    )
+
+
+def _filled(path: Path, on_bytes: OnBytes | None) -> tuple[bytes, Iterator[bytes]]:
+    """(the first chunk that is not blank, the chunks from it on); DataError for an empty file."""
     chunks = read_chunks(path, on_bytes)
     first = next(chunks, b"")
     if not first.strip():
         first = next((chunk for chunk in chunks if chunk.strip()), b"")
         if not first:
             raise DataError("the file is empty", file=path, expected="at least one row")
-    chunks = itertools.chain((first,), chunks)
-    suffix = inner_suffix(path)
-    if suffix in TEXT_SUFFIXES:
-        yield from _read_text(chunks, path)
-        return
-    opening = first.lstrip()[:1]
-    if suffix in LINE_SUFFIXES or (opening == b"{" and _first_line_is_whole(first)):
-        records = read_json_lines(chunks, path)
-    elif opening in (b"[", b"{"):
-        records = read_json_values(chunks, path)
-    else:
-        expected = (
-            f"JSON, JSON lines, or text named {', '.join(TEXT_SUFFIXES)}, each also {' or '.join(COMPRESSED_SUFFIXES)}"
-        )
-        start = first[:40].decode("utf-8", "replace")
-        raise DataError(f"the format is not known, it begins {start!r}", file=path, line=1, expected=expected)
-    yield from _read_records(records, path, keys or Keys(), on_note)
+    return first, itertools.chain((first,), chunks)
 
 
 def _first_line_is_whole(first: bytes) -> bool:
@@ -129,19 +141,23 @@ def _read_records(
             if reader is None:
                 reader, fields = pick_reader(record.value, keys, name, record.line)
             conversation = reader(record.value, name, record.line)
-            _note_unread(record.value, fields, unread)
+            note_unread(record.value, fields, unread)
             yield conversation
         except DataError as error:
             yield BadRow(error, record.line, str(record.value))
     if not count:
         raise DataError("the file holds no rows", file=path, expected="at least one")
     if unread and on_note:
-        names = [repr(field) for field in unread]
-        more = " and more" if len(names) > MAX_UNREAD else ""
-        on_note(f"of each row {', '.join(map(repr, fields))} are read, not {', '.join(names[:MAX_UNREAD])}{more}")
+        on_note(f"of each row {', '.join(map(repr, fields))} are read, not {shown_fields(unread)}")
 
 
-def _note_unread(row: dict[str, Any], fields: tuple[str, ...], unread: dict[str, None]) -> None:
+def shown_fields(names: Iterable[str]) -> str:
+    """The first MAX_UNREAD of the names."""
+    shown = [repr(name) for name in itertools.islice(names, MAX_UNREAD + 1)]
+    return ", ".join(shown[:MAX_UNREAD]) + (" and more" if len(shown) > MAX_UNREAD else "")
+
+
+def note_unread(row: dict[str, Any], fields: tuple[str, ...], unread: dict[str, None]) -> None:
     """Add the row's fields, and its turns', that are not read; one above MAX_UNREAD says that there are more."""
     turns = unread_turn_fields(row, fields) if "messages" in fields or "conversations" in fields else ()
     for field in itertools.chain((field for field in row if field not in fields), turns):

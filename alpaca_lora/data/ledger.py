@@ -16,16 +16,19 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from alpaca_lora.data.table import ENDS, IS_TEXT, SPELLS_SPECIAL, TRUNCATED
+from alpaca_lora.data.table import ENDS, IS_TEXT, LABELLED, SPELLS_SPECIAL, TRUNCATED
 
 EVENT_DTYPE = np.dtype([("file", "<i4"), ("line", "<i8"), ("code", "<i4")])
 RAW_CHARACTERS = 10_000  # kept of a rejected row
-_COUNTERS = ("rows_in", "whole", "truncated", "split_texts", "examples", "straddling", "special_text", "ends", "ending")
+_COUNTERS = (
+    "rows_in", "whole", "truncated", "split_texts", "examples", "straddling", "special_text", "ends", "ending",
+    "contradictory",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened to one row. ``action``: dropped, repaired, truncated or split."""
+    """One thing that happened to one row. ``action``: dropped, repaired, truncated, split or contradictory."""
 
     file: str
     line: int
@@ -41,7 +44,8 @@ class Ledger:
     counted in whole or truncated as well). split_texts: rows of plain text that became several examples; examples:
     what is trained or validated on. straddling: tokens that reach over a response's border, not supervised.
     special_text: rows whose own text spells a special token (encoded as plain text). ending of ends: kept rows, texts
-    left out, whose last response ends with EOS or an end-of-turn token.
+    left out, whose last response ends with EOS or an end-of-turn token. contradictory: kept labelled rows whose text
+    another kept row gives another label.
     """
 
     files: list[str] = field(default_factory=list)
@@ -54,6 +58,7 @@ class Ledger:
     special_text: int = 0
     ends: int = 0
     ending: int = 0
+    contradictory: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
     rejects: list[dict[str, Any]] = field(default_factory=list)
@@ -106,7 +111,7 @@ class Ledger:
         self.examples = len(columns_N)
         self.straddling = int(rows["straddling"].sum(dtype=np.int64))
         self.special_text = int(np.count_nonzero(rows["flags"] & SPELLS_SPECIAL))
-        self.ends = int(np.count_nonzero(~rows["flags"] & IS_TEXT))
+        self.ends = int(np.count_nonzero(rows["flags"] & (IS_TEXT | LABELLED) == 0))
         self.ending = int(np.count_nonzero(rows["flags"] & ENDS))
 
     def joined(self, other: Ledger) -> Ledger:
@@ -130,7 +135,7 @@ class Ledger:
         """(what, how many, note) for people, top to bottom; the parts of `rows in` first."""
         lines = [("rows in", self.rows_in, ""), ("kept whole", self.whole, "")]
         if self.truncated:
-            lines.append(("kept, truncated", self.truncated, "cut at cutoff_len, no EOS"))
+            lines.append(("kept, truncated", self.truncated, "cut at cutoff_len" + ", no EOS" * bool(self.ends)))
         lines += [(f"dropped: {reason}", count, "") for reason, count in self.dropped.most_common()]
         lines += [
             (f"repaired: {rule}", count, "of the kept and dropped") for rule, count in self.repaired.most_common()
@@ -139,6 +144,8 @@ class Ledger:
             lines.append(
                 ("texts in pieces", self.split_texts, f"of cutoff_len tokens: {self.examples:,} examples in all")
             )
+        if self.contradictory:
+            lines.append(("contradictory", self.contradictory, "same text, other label: kept"))
         if self.special_text:
             lines.append(
                 ("special-token text", self.special_text, "rows that spell a special token: encoded as plain text")

@@ -16,10 +16,14 @@ from alpaca_lora.errors import ConfigError, nearest
 class DataOptions(Options):
     """Keys that decide what is trained on and how it is batched."""
 
+    task: Literal["generation", "classification"] = Field(
+        "generation", description="learn to answer, or to put a label on a text"
+    )
     data_path: list[str] = Field(
         min_length=1,
         json_schema_extra={"commas": False},
-        description="training files or globs: alpaca, messages, ShareGPT, prompt/completion or text; .gz and .zst too",
+        description="training files or globs: alpaca, messages, ShareGPT, prompt/completion or text; labelled texts as "
+        ".tsv, .csv or JSON; .gz and .zst too",
     )
     val_data_path: list[str] = Field(
         [], json_schema_extra={"commas": False}, description="validation files; none: val_set_size rows of the data"
@@ -29,11 +33,21 @@ class DataOptions(Options):
     )
     input_key: str | None = Field(None, min_length=1, description="field that holds the prompt's further input")
     response_key: str | None = Field(None, min_length=1, description="field that holds the response")
+    text_key: str | None = Field(
+        None, min_length=1, description="classification: field or column of the text; a number (from 1) without header"
+    )
+    label_key: str | None = Field(
+        None, min_length=1, description="classification: field or column of the label; a number (from 1) without header"
+    )
     val_set_size: int | float = Field(2000, ge=0, description="validation rows: a count, or below 1 a share; 0: none")
     cutoff_len: int = Field(512, ge=2, description="most tokens of one row, BOS and EOS included")
     train_on_inputs: bool = Field(True, description="learn the prompt's tokens too, not only the responses")
     train_on_turns: Literal["all", "last"] = Field("all", description="which responses of a chat to learn")
-    add_eos_token: bool = Field(True, description="end each response that was not cut with EOS, and learn it")
+    add_eos_token: bool = Field(
+        True,
+        description="end each response that was not cut with EOS, and learn it; classification: end each text with "
+        "EOS, whose hidden state is classified",
+    )
     over_length: Literal["truncate", "drop", "error"] = Field(
         "truncate", description="what happens to a row above cutoff_len; what is cut gets no EOS"
     )
@@ -45,6 +59,21 @@ class DataOptions(Options):
     batch_size: int = Field(128, ge=1, description="rows of one optimizer step")
     micro_batch_size: int = Field(4, ge=1, description="times cutoff_len: most tokens of one micro-batch")
     data_cache: bool = Field(True, description="keep the encoded rows for the next run")
+
+    @model_validator(mode="after")
+    def _check_task(self) -> DataOptions:
+        foreign = ("prompt_key", "input_key", "response_key")
+        if self.task == "generation":
+            foreign = ("text_key", "label_key")
+        for key in foreign:
+            if getattr(self, key):
+                fix = "set task to classification" if self.task == "generation" else "give text_key and label_key"
+                raise ConfigError(f"is not a key of task {self.task}", field=key, fix=fix)
+        if self.text_key and self.text_key == self.label_key:
+            raise ConfigError(
+                f"is {self.label_key!r}, as text_key is", field="label_key", expected="another column than the text's"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_together(self) -> DataOptions:

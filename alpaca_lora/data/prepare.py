@@ -14,15 +14,25 @@ from pathlib import Path
 
 import numpy as np
 
-from alpaca_lora.data.build import Builder, Progress, Recipe, sample_from_record
+from alpaca_lora.data.build import Builder, Progress, Recipe, RowEncoder, sample_from_record
 from alpaca_lora.data.cache import DamagedEntry, EntryWriter, cache_folder, open_entry, remove_entry
+from alpaca_lora.data.classes import (
+    choose_classes,
+    class_of_label,
+    count_classes,
+    count_contradictions,
+    keep_rare_in_training,
+    tell_classes,
+)
 from alpaca_lora.data.cleaning import DUPLICATES, active_rules
 from alpaca_lora.data.encode import Encoder, RowTokenizer
+from alpaca_lora.data.encode_labelled import LabelledEncoder
 from alpaca_lora.data.files import find_files, hash_file
 from alpaca_lora.data.ledger import Ledger
 from alpaca_lora.data.options import DataOptions
+from alpaca_lora.data.row_set import RowSet
 from alpaca_lora.data.split import choose_validation
-from alpaca_lora.data.table import EncodedRows, ExampleTable
+from alpaca_lora.data.table import ExampleTable
 from alpaca_lora.errors import DataError
 from alpaca_lora.text.messages import Conversation
 from alpaca_lora.text.rendered import Template
@@ -36,7 +46,8 @@ class Prepared:
 
     fingerprint: of all that decides ids, masks, split and order: equal fingerprints give equal batches. data_hashes:
     sha256 of each file. samples: a few conversations of the validation rows (of the training rows without
-    validation), always the same, cleaned. messages: what to tell the user.
+    validation), always the same, cleaned. messages: what to tell the user. labels: of texts to classify, in the order
+    of the class numbers. class_counts, val_class_counts: rows of each class.
     """
 
     train: ExampleTable
@@ -47,43 +58,21 @@ class Prepared:
     data_hashes: dict[str, str]
     messages: list[str]
     samples: tuple[Conversation, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Set:
-    """The encoded rows of a set of files, and which of them are left (``chosen_N``: bool)."""
-
-    rows: EncodedRows
-    ledger: Ledger
-    samples: dict[int, Conversation]
-    key: str
-    from_cache: bool
-    chosen_N: np.ndarray
-
-    def drop(self, doomed_N: np.ndarray, reason: str) -> int:
-        """Take examples out; returns how many rows that are."""
-        doomed_N = doomed_N & self.chosen_N
-        columns = self.rows.columns_N[doomed_N]
-        _, first_N = np.unique(columns["row"], return_index=True)
-        for column in columns[first_N]:
-            self.ledger.drop(int(column["file"]), int(column["line"]), reason)
-        self.chosen_N[doomed_N] = False
-        return len(first_N)
-
-    def column(self, name: str) -> np.ndarray:
-        return self.rows.columns_N[name]
+    labels: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
+    val_class_counts: tuple[int, ...] = ()
 
 
 def prepare(
     options: DataOptions,
     tokenizer: RowTokenizer,
-    template: Template,
+    template: Template | None,
     *,
     system_prompt: str | None = None,
     seed: int = 42,
     on_progress: Progress | None = None,
 ) -> Prepared:
-    """Files -> tables of token ids.
+    """Files -> tables of token ids. ``template`` may be None where the task is classification.
 
     The split does not depend on ``seed``, so that a row that validates does so in every run; the order of the rows
     does, and so the fingerprint. on_progress(what, bytes done, bytes in all) may raise to stop: nothing half-written
@@ -92,8 +81,8 @@ def prepare(
     train_files = find_files(options.data_path, field="data_path")
     val_files = find_files(options.val_data_path, field="val_data_path")
     hashes = _hash_all([*train_files, *val_files], on_progress)
-    recipe = Recipe.of(options, system_prompt)
-    encoder = Encoder(tokenizer, template, recipe.policy, system_prompt=system_prompt)
+    recipe = Recipe.of(options)
+    encoder = _encoder(options, recipe, tokenizer, template, system_prompt)
     messages: list[str] = []
     opened = [
         _open_or_build(files, hashes, recipe, encoder, options.data_cache, on_progress, messages)
@@ -101,9 +90,8 @@ def prepare(
         if files
     ]
     drop_duplicates = DUPLICATES in active_rules(options.skip_cleaning)
-    for one in opened:
-        if drop_duplicates:
-            one.drop(_repeated(one.column("exact")), DUPLICATES)
+    for one in opened if drop_duplicates else ():
+        one.drop(_repeated(one.identity_N()), DUPLICATES)
     train, val = opened[0], opened[1] if val_files else None
     if val is not None:
         _report_overlap(train, val, messages)
@@ -111,16 +99,16 @@ def prepare(
     else:
         is_val_N = _split(train, options.val_set_size, messages)
     for one in opened:
+        count_contradictions(one, messages)
         one.ledger.settle(one.rows.columns_N[one.chosen_N])
         one.ledger.check()
         _refuse_empty(one, val)
     ledger = train.ledger.joined(val.ledger) if val is not None else train.ledger
     _add_messages(options, ledger, tokenizer, messages)
-    train_table = ExampleTable(train.rows, np.flatnonzero(train.chosen_N & ~is_val_N))
-    if val is not None:
-        val_table = ExampleTable(val.rows, np.flatnonzero(val.chosen_N))
-    else:
-        val_table = ExampleTable(train.rows, np.flatnonzero(is_val_N)) if is_val_N.any() else None
+    labels = choose_classes(train, val, is_val_N, messages) if options.task == "classification" else ()
+    train_table, val_table = _tables(train, val, is_val_N, labels)
+    class_counts, val_class_counts = (count_classes(table, labels) for table in (train_table, val_table))
+    tell_classes(labels, class_counts, val_class_counts, messages)
     identity = [[one.key for one in opened], None if val_files else options.val_set_size, drop_duplicates, seed]
     return Prepared(
         train=train_table,
@@ -131,7 +119,33 @@ def prepare(
         data_hashes={str(path): digest for path, digest in hashes.items()},
         messages=messages,
         samples=_samples(val or train, is_val_N),
+        labels=labels,
+        class_counts=class_counts,
+        val_class_counts=val_class_counts,
     )
+
+
+def _encoder(
+    options: DataOptions, recipe: Recipe, tokenizer: RowTokenizer, template: Template | None, system_prompt: str | None
+) -> RowEncoder:
+    if options.task == "classification":
+        return LabelledEncoder(tokenizer, recipe.policy)
+    assert template is not None
+    return Encoder(tokenizer, template, recipe.policy, system_prompt=system_prompt)
+
+
+def _tables(
+    train: RowSet, val: RowSet | None, is_val_N: np.ndarray, labels: tuple[str, ...]
+) -> tuple[ExampleTable, ExampleTable | None]:
+    """(training rows, validation rows if there are any)."""
+
+    def table(one: RowSet, chosen_N: np.ndarray) -> ExampleTable:
+        return ExampleTable(one.rows, np.flatnonzero(chosen_N), class_of_label(one.labels, labels) if labels else None)
+
+    train_table = table(train, train.chosen_N & ~is_val_N)
+    if val is not None:
+        return train_table, table(val, val.chosen_N)
+    return train_table, table(train, is_val_N) if is_val_N.any() else None
 
 
 def _hash_all(files: Sequence[Path], on_progress: Progress | None) -> dict[Path, str]:
@@ -151,11 +165,11 @@ def _open_or_build(
     files: Sequence[Path],
     hashes: dict[Path, str],
     recipe: Recipe,
-    encoder: Encoder,
+    encoder: RowEncoder,
     use_cache: bool,
     on_progress: Progress | None,
     messages: list[str],
-) -> _Set:
+) -> RowSet:
     key = recipe.key({path: hashes[path] for path in files}, encoder)
     names = [str(path) for path in files]
     from_cache = False
@@ -189,7 +203,7 @@ def _open_or_build(
     rows, ledger, meta = opened
     messages += [f"{names[file]}: {text}" for file, text in meta["notes"]]
     samples = dict(sample_from_record(record) for record in meta["samples"])
-    return _Set(rows, ledger, samples, key, from_cache, np.ones(len(rows), dtype=bool))
+    return RowSet(rows, ledger, samples, key, from_cache, np.ones(len(rows), dtype=bool), meta["labels"])
 
 
 def _repeated(hash_N: np.ndarray) -> np.ndarray:
@@ -199,7 +213,7 @@ def _repeated(hash_N: np.ndarray) -> np.ndarray:
     return again_N
 
 
-def _report_overlap(train: _Set, val: _Set, messages: list[str]) -> None:
+def _report_overlap(train: RowSet, val: RowSet, messages: list[str]) -> None:
     """Exact duplicates leave the training rows; near ones stay and are counted."""
     kept = val.chosen_N
     count = train.drop(np.isin(train.column("exact"), val.column("exact")[kept]), IN_VALIDATION)
@@ -213,17 +227,19 @@ def _report_overlap(train: _Set, val: _Set, messages: list[str]) -> None:
         )
 
 
-def _split(train: _Set, size: int | float, messages: list[str]) -> np.ndarray:
+def _split(train: RowSet, size: int | float, messages: list[str]) -> np.ndarray:
     chosen_N = np.flatnonzero(train.chosen_N)
     is_val, told = choose_validation(train.column("normalised")[chosen_N], size)
     if told:
         messages.append(told)
     is_val_N = np.zeros(len(train.rows), dtype=bool)
     is_val_N[chosen_N[is_val]] = True
+    if train.labels:
+        keep_rare_in_training(train, is_val_N, messages)
     return is_val_N
 
 
-def _refuse_empty(one: _Set, val: _Set | None) -> None:
+def _refuse_empty(one: RowSet, val: RowSet | None) -> None:
     if one.chosen_N.any():
         return
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in one.ledger.dropped.most_common())
@@ -238,12 +254,20 @@ def _refuse_empty(one: _Set, val: _Set | None) -> None:
 
 
 def _add_messages(options: DataOptions, ledger: Ledger, tokenizer: RowTokenizer, messages: list[str]) -> None:
-    if options.train_on_turns == "last" and options.train_on_inputs:
+    defaults = DataOptions.model_fields
+    if options.task == "classification":
+        for key in ("train_on_inputs", "train_on_turns"):
+            if getattr(options, key) != defaults[key].default:
+                messages.append(f"{key} does nothing in classification: the label alone is learned")
+    elif options.train_on_turns == "last" and options.train_on_inputs:
         messages.append("train_on_turns last does nothing while train_on_inputs is true: all tokens are learned")
-    if options.val_data_path and options.val_set_size != DataOptions.model_fields["val_set_size"].default:
+    if options.val_data_path and options.val_set_size != defaults["val_set_size"].default:
         messages.append(f"val_set_size {options.val_set_size:,} is not used: val_data_path says which rows validate")
     if tokenizer.eos_id is None and options.add_eos_token:
-        messages.append("the tokenizer has no EOS token: the model is not taught where an answer ends by add_eos_token")
+        end = "the model is not taught where an answer ends by add_eos_token"
+        if options.task == "classification":
+            end = "the last token of each text is classified"
+        messages.append(f"the tokenizer has no EOS token: {end}")
     if ledger.end_share < 1:
         why = []
         if ledger.truncated:
@@ -256,7 +280,7 @@ def _add_messages(options: DataOptions, ledger: Ledger, tokenizer: RowTokenizer,
         messages.append(f"{share:.1f} % of the rows end with EOS or an end-of-turn token{tail}")
 
 
-def _samples(source: _Set, is_val_N: np.ndarray) -> tuple[Conversation, ...]:
+def _samples(source: RowSet, is_val_N: np.ndarray) -> tuple[Conversation, ...]:
     if is_val_N.any():
         validating = set(source.column("normalised")[is_val_N].tolist())
         return tuple(row for hashed, row in source.samples.items() if hashed in validating)

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +16,7 @@ from alpaca_lora.data.example import TokenizedExample
 
 LEARNED, SEEN = "bold green", "dim"
 BAR_WIDTH = 40
+MAX_CLASSES = 40
 
 
 class Decoder(Protocol):
@@ -24,9 +26,11 @@ class Decoder(Protocol):
 
 
 def runs(example: TokenizedExample) -> Iterable[tuple[bool, list[int]]]:
-    """(supervised, ids) of each run of tokens of one kind, in order. The first token is never supervised."""
+    """(supervised, ids) of each run of tokens of one kind, in order. The first token is never supervised; of a text to
+    classify the last one, which is classified, takes that place.
+    """
     supervised_T = example.supervised_T.copy()
-    supervised_T[:1] = False
+    supervised_T[:1] = example.label is not None and len(supervised_T) == 1
     borders = [0, *(np.flatnonzero(np.diff(supervised_T)) + 1).tolist(), len(supervised_T)]
     for start, end in pairwise(borders):
         if end > start:
@@ -41,9 +45,13 @@ def coloured(example: TokenizedExample, tokenizer: Decoder) -> Text:
     return text
 
 
-def row_panel(example: TokenizedExample, tokenizer: Decoder, *, number: int) -> Panel:
-    """One row in a box, with its counts."""
-    title = f"row {number}: {example.num_tokens} tokens, {example.num_supervised} learned (green)"
+def row_panel(example: TokenizedExample, tokenizer: Decoder, *, number: int, labels: Sequence[str] = ()) -> Panel:
+    """One row in a box, with its counts; of a text to classify with its label, one of ``labels``."""
+    title = f"row {number}: {example.num_tokens} tokens, "
+    if example.label is None:
+        title += f"{example.num_supervised} learned (green)"
+    else:
+        title += f"label {escape(repr(labels[example.label]))}, read at the last token (green)"
     return Panel(coloured(example, tokenizer), title=title, title_align="left", border_style="dim")
 
 
@@ -52,6 +60,20 @@ def spread_rows(lengths: np.ndarray, count: int) -> list[int]:
     order = np.argsort(lengths, kind="stable")
     places = np.linspace(0.1, 0.9, min(count, len(order)))
     return list(dict.fromkeys(int(order[int(place * (len(order) - 1))]) for place in places))
+
+
+def class_counts_table(labels: Sequence[str], counts: Sequence[int], val_counts: Sequence[int] = ()) -> Table:
+    """How many rows of each class train and validate; of many classes the first MAX_CLASSES."""
+    table = Table(title=f"{len(labels)} classes", title_justify="left", box=None, pad_edge=False)
+    table.add_column("label", overflow="fold")
+    table.add_column("train", justify="right")
+    table.add_column("validate", justify="right")
+    for number, label in enumerate(labels[:MAX_CLASSES]):
+        table.add_row(escape(label), f"{counts[number]:,}", f"{val_counts[number]:,}" if val_counts else "")
+    if len(labels) > MAX_CLASSES:
+        rest = [f"{sum(some[MAX_CLASSES:]):,}" if some else "" for some in (counts, val_counts)]
+        table.add_row(f"{len(labels) - MAX_CLASSES:,} more", *rest)
+    return table
 
 
 def length_histogram(lengths: np.ndarray, cutoff_len: int, *, bins: int = 8) -> Table:

@@ -16,7 +16,9 @@ _ASCII_NOT_WORDS = bytes(i for i in range(128) if not chr(i).isalnum())
 
 
 def row_hash(conversation: Conversation) -> int:
-    """64 bits of the row's kind, roles and texts, as they are: equal means an exact duplicate."""
+    """64 bits of the row's kind, roles and texts, as they are: equal means an exact duplicate. Of a labelled row
+    without its label: equal means the same text.
+    """
     return _hash("\x1e".join(_parts(conversation)))
 
 
@@ -37,8 +39,10 @@ def piece_hash(hash_of_row: int, piece: int) -> int:
 
 
 def _parts(conversation: Conversation) -> list[str]:
-    parts = [conversation.kind]
-    for message in conversation.messages:
+    parts: list[str] = [conversation.kind]
+    # a text must not train under one label and validate under another
+    messages = conversation.messages[:1] if conversation.kind == "labelled" else conversation.messages
+    for message in messages:
         parts += (message.role, message.content, message.context)
     return parts
 

@@ -10,8 +10,10 @@ import numpy as np
 from alpaca_lora.data.example import TokenizedExample
 
 # one entry per example. row: number of the row it came from, over all files. exact, normalised: `split.row_hash`,
-# `normalised_hash`. flags: of the row. straddling: tokens over a response's border
-TRUNCATED, IS_TEXT, ENDS, SPELLS_SPECIAL = 1, 2, 4, 8
+# `normalised_hash`. flags: of the row. straddling: tokens over a response's border. label: number of the row's label
+# in the list that the entry keeps, -1 without one
+TRUNCATED, IS_TEXT, ENDS, SPELLS_SPECIAL, LABELLED = 1, 2, 4, 8, 16
+NO_LABEL = -1
 COLUMNS = np.dtype(
     [
         ("line", "<i8"),
@@ -23,6 +25,7 @@ COLUMNS = np.dtype(
         ("file", "<i4"),
         ("straddling", "<i4"),
         ("flags", "<i4"),
+        ("label", "<i4"),
     ]
 )
 
@@ -52,14 +55,19 @@ class EncodedRows:
 class ExampleTable:
     """Some of the examples, by position: what a `Loader` reads.
 
-    lengths, num_supervised: int32, per example. Reading an example copies nothing but its own tokens.
+    lengths, num_supervised: int32, per example. classes_N: int64, the class of each, of texts to classify; else None.
+    Reading an example copies nothing but its own tokens.
     """
 
-    def __init__(self, rows: EncodedRows, chosen_N: np.ndarray) -> None:
+    def __init__(self, rows: EncodedRows, chosen_N: np.ndarray, class_of_label: np.ndarray | None = None) -> None:
+        """class_of_label: class number of each number in the column ``label``."""
         self._rows = rows
         self._chosen_N = np.asarray(chosen_N, dtype=np.int64)
         self.lengths: np.ndarray = rows.columns_N["length"][self._chosen_N]
         self.num_supervised: np.ndarray = rows.columns_N["num_supervised"][self._chosen_N]
+        self.classes_N: np.ndarray | None = None
+        if class_of_label is not None:
+            self.classes_N = np.asarray(class_of_label, dtype=np.int64)[rows.columns_N["label"][self._chosen_N]]
 
     def __len__(self) -> int:
         return len(self._chosen_N)
@@ -70,7 +78,10 @@ class ExampleTable:
         at = int(self._chosen_N[index])
         start = int(self._rows.starts_N[at])
         end = start + int(self._rows.columns_N["length"][at])
-        return TokenizedExample(self._rows.ids_T[start:end], self._rows.supervised_T[start:end], index % len(self))
+        label = None if self.classes_N is None else int(self.classes_N[index])
+        return TokenizedExample(
+            self._rows.ids_T[start:end], self._rows.supervised_T[start:end], index % len(self), label
+        )
 
     def __iter__(self) -> Iterator[TokenizedExample]:
         return (self[index] for index in range(len(self)))
@@ -95,6 +106,9 @@ class ExampleTable:
         columns_N["length"] = [example.num_tokens for example in examples]
         columns_N["num_supervised"] = [example.num_supervised for example in examples]
         columns_N["row"] = np.arange(len(examples))
+        columns_N["label"] = [NO_LABEL if example.label is None else example.label for example in examples]
         ids_T = np.concatenate([example.ids_T for example in examples]).astype(np.int32)
         supervised_T = np.concatenate([example.supervised_T for example in examples]).astype(bool)
-        return cls(EncodedRows.of(ids_T, supervised_T, columns_N), np.arange(len(examples)))
+        most = int(columns_N["label"].max())
+        rows = EncodedRows.of(ids_T, supervised_T, columns_N)
+        return cls(rows, np.arange(len(examples)), None if most == NO_LABEL else np.arange(most + 1))

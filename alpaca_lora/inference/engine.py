@@ -31,7 +31,7 @@ class Engine:
         self, model: CausalLM, tokenizer: Tokenizer, *, max_running: int = 32, prefill_tokens: int = 2048
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.context_length = model.config.max_position_embeddings
+        self._num_positions = model.config.max_position_embeddings
         self._device = next(model.parameters()).device
         self._max_running, self._prefill_tokens = max_running, prefill_tokens
         dynamic = [rope for rope in model.config.ropes if rope.kind == "dynamic"]
@@ -40,7 +40,12 @@ class Engine:
             # dynamic NTK turns by the whole sequence's length, which it reads off a run of positions: a prompt is never
             # cut, and sequences are not decoded together, where the positions of two could look like one run
             self._max_running = 1
-            self.context_length = max(self.context_length, *(int(r.trained_positions * r.factor) for r in dynamic))
+            self._num_positions = max(self._num_positions, *(int(r.trained_positions * r.factor) for r in dynamic))
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together that the model has positions for, those of its prefix left out."""
+        return self._num_positions - self.model.prefix_length
 
     def generate(self, requests: Many[Request]) -> list[Completion]:
         """The answers, in the order of the requests."""
@@ -78,9 +83,11 @@ class Engine:
         if num_tokens == 0:
             raise UserError("has no tokens", field="prompt", expected="at least one token")
         if num_tokens >= self.context_length:
+            num_virtual = self.model.prefix_length
+            behind = f" behind {num_virtual} virtual tokens" if num_virtual else ""
             raise UserError(
                 f"has {num_tokens} tokens", field="prompt",
-                expected=f"fewer than the model's context of {self.context_length} tokens", fix="shorten it",
+                expected=f"fewer than the model's context of {self.context_length} tokens{behind}", fix="shorten it",
             )  # fmt: skip
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.model.config.vocab_size:
             raise UserError(

@@ -2,7 +2,7 @@
 
 One pair of tensors per layer, (slots, capacity, K, E), made at the layer's first use. Slots are dense: slot i belongs
 to the i-th running sequence, so a decode step reads the first B slots as one view; a sequence that ends gives its slot
-to the last one.
+to the last one. A prefix stands at the front of every slot, once; `lengths` and positions do not count it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from alpaca_lora.kernels.attention import SegmentLayout, attend_packed
+from alpaca_lora.kernels.attention import KeysValues, SegmentLayout, attend_packed
+from alpaca_lora.models.attention import Prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,9 @@ class KVCache:
         self._num_slots = 1
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
+        self._prefix: Prefix | None = None
+        self.prefix_kv: Sequence[KeysValues] = ()  # of each layer
+        self.num_virtual = 0  # places at the front of each slot
 
     def add(self) -> int:
         """The slot of a new, empty sequence."""
@@ -46,15 +50,33 @@ class KVCache:
         last = len(self.lengths) - 1
         if slot != last:
             length = self.lengths[last]
+            places = slice(self.num_virtual, self.num_virtual + length)
             for tensors in (self._keys, self._values):
                 for stored in tensors.values():
-                    stored[slot, :length] = stored[last, :length]
+                    stored[slot, places] = stored[last, places]
             self.lengths[slot] = length
         self.lengths.pop()
 
     def clear(self) -> None:
-        """Forget all sequences; the memory stays for the next ones."""
+        """Forget all sequences and the prefix; the memory stays for the next ones."""
         self.lengths.clear()
+        self._prefix, self.prefix_kv, self.num_virtual = None, (), 0
+
+    @torch.no_grad()
+    def put_prefix(self, prefix: Prefix) -> None:
+        """Store ``prefix`` in front of all sequences; evaluated at the first call only, until `clear`."""
+        if prefix is self._prefix:
+            return
+        if self._prefix is not None:
+            raise ValueError("the cache holds another prefix: clear it first")
+        self._prefix, self.prefix_kv, self.num_virtual = prefix, prefix.keys_values(), prefix.length
+        self._reserve()
+        for layer in self._keys:
+            self._write_prefix(layer)
+
+    def _write_prefix(self, layer: int) -> None:
+        for stored, x_PKE in zip((self._keys[layer], self._values[layer]), self.prefix_kv[layer], strict=True):
+            stored[:, : self.num_virtual] = x_PKE
 
     def extend(self, counts: Sequence[tuple[int, int]]) -> CachedPlan:
         """Make room for (slot, number of new tokens); the plan of the forward that brings them, in this order.
@@ -75,13 +97,15 @@ class KVCache:
             # zeros, not empty: a masked NaN is still a NaN
             keys = self._keys[layer] = like_TKE.new_zeros(shape)
             self._values[layer] = like_TKE.new_zeros(shape)
+            if self.num_virtual:
+                self._write_prefix(layer)
         return keys, self._values[layer]
 
     def _reserve(self) -> None:
         num_slots, capacity = self._num_slots, self._capacity
         while num_slots < len(self.lengths):
             num_slots *= 2
-        while capacity < max(self.lengths, default=0):
+        while capacity < self.num_virtual + max(self.lengths, default=0):
             capacity *= 2
         if (num_slots, capacity) == (self._num_slots, self._capacity):
             return
@@ -89,6 +113,7 @@ class KVCache:
             for layer, stored in tensors.items():
                 grown = stored.new_zeros((num_slots, capacity, *stored.shape[2:]))
                 grown[: self._num_slots, : self._capacity] = stored
+                grown[self._num_slots :, : self.num_virtual] = stored[0, : self.num_virtual]
                 tensors[layer] = grown
         self._num_slots, self._capacity = num_slots, capacity
 
@@ -100,16 +125,23 @@ class CachedPlan:
     (prefill, the same kernel as in training); segments that continue a sequence (later chunks of a long prompt).
     """
 
-    def __init__(self, cache: KVCache, segments: tuple[Segment, ...]) -> None:
-        self._cache = cache
-        self._segments = segments
+    def __init__(self, cache: KVCache, segments: tuple[Segment, ...], num_virtual: int = 0) -> None:
+        """``num_virtual``: places that a prefix takes before each sequence; a start below is a place in the slot."""
+        self._cache, self._num_virtual = cache, num_virtual
+        self._own = segments
+        self._segments = segments = tuple(Segment(s.slot, num_virtual + s.start, s.count) for s in segments)
         self._decodes = all(s.count == 1 and s.slot == row for row, s in enumerate(segments))
         self._num_seen = max(s.start + s.count for s in segments)
         self._uniform = all(s.start == segments[0].start for s in segments)
-        self._all_new = all(s.start == 0 for s in segments)
+        self._all_new = all(s.start == num_virtual for s in segments)
         self._layout: SegmentLayout | None = None
         self._masks: dict[int | None, torch.Tensor] = {}
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def with_prefix(self, prefix: Prefix) -> CachedPlan:
+        """The prefix is evaluated and stored with the cache's first forward and read from there by all others."""
+        self._cache.put_prefix(prefix)
+        return CachedPlan(self._cache, self._own, prefix.length)
 
     def attend(
         self,
@@ -134,7 +166,8 @@ class CachedPlan:
         if self._all_new:
             if self._layout is None:
                 self._layout = SegmentLayout([s.count for s in self._segments], q_THE.device)
-            return attend_packed(q_THE, k_TKE, v_TKE, self._layout, scale, window)
+            prefix = self._cache.prefix_kv[layer] if self._num_virtual else None
+            return attend_packed(q_THE, k_TKE, v_TKE, self._layout, scale, window, prefix)
         outs, row = [], 0
         for segment in self._segments:
             outs.append(_continue(q_THE[row : row + segment.count], segment, keys, values, scale, window))

@@ -4,6 +4,10 @@ With M the dropout mask, s_i the scale over 1 - p, U = (x * M) [A_1; A_2; ...]^T
 backward, with G_i = s_i dY_i B_i:
     dB_i = s_i dY_i^T U_i   dA_i = G_i^T (x * M)   dX += ([G_1 G_2 ...] [A_1; A_2; ...]) * M
 
+A constant pair (A0_i, B0_i) lies beside the trained one in the same products, as [A_i; A0_i] and [B_i B0_i]: where the
+two cancel (PiSSA), they do so before anything is rounded to y's dtype. It gets no gradient, nor does a factor that asks
+for none.
+
 Kept for backward: x itself, no masked copy, and the rank-wide U. The mask is drawn again.
 """
 
@@ -16,43 +20,68 @@ import torch
 
 from alpaca_lora.kernels.dropout import DropoutKey, keep_bits, mask_bits
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
 
 class _LoraAdd(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: torch.Tensor, dropout: DropoutKey | None, scales: tuple[float, ...], *rest: torch.Tensor
-    ):
+        ctx: Any, x_TD: torch.Tensor, dropout: DropoutKey | None, scales: tuple[float, ...],
+        constants: tuple[Pair | None, ...], *rest: torch.Tensor,
+    ):  # fmt: skip
         n = len(scales)
         outputs, As, Bs = rest[:n], rest[n : 2 * n], rest[2 * n :]
         dtype = x_TD.dtype
-        a_cat = torch.cat([a.to(dtype) for a in As])
+        wide_As, wide_Bs = _beside(As, Bs, constants, dtype)
         dropped = x_TD if dropout is None else mask_bits(x_TD, keep_bits(dropout, x_TD.shape[1]))
-        u_TR = dropped @ a_cat.t()
-        for y, u, b, s in zip(outputs, u_TR.split([a.shape[0] for a in As], dim=1), Bs, scales, strict=True):
-            y.addmm_(u, b.to(dtype).t(), alpha=s)
+        us = (dropped @ torch.cat(wide_As).t()).split([a.shape[0] for a in wide_As], dim=1)
+        for y, u, b, s in zip(outputs, us, wide_Bs, scales, strict=True):
+            y.addmm_(u, b.t(), alpha=s)
         ctx.mark_dirty(*outputs)
-        ctx.save_for_backward(x_TD, u_TR, *As, *Bs)
-        ctx.dropout, ctx.scales = dropout, scales
+        ctx.save_for_backward(x_TD, *us, *As, *Bs)
+        ctx.dropout, ctx.scales, ctx.constants = dropout, scales, constants
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        n = len(ctx.scales)
-        x_TD, u_TR, *factors = ctx.saved_tensors  # asked once: each asking would recompute a checkpointed layer
-        As, Bs = factors[:n], factors[n:]
-        dtype, ranks = x_TD.dtype, [a.shape[0] for a in As]
-        g_TR = torch.cat([(dy @ b.to(dtype)).mul_(s) for dy, b, s in zip(grads, Bs, ctx.scales, strict=True)], dim=1)
-        dBs = tuple(
-            (dy.t() @ u).float().mul_(s) for dy, u, s in zip(grads, u_TR.split(ranks, dim=1), ctx.scales, strict=True)
-        )
+        n, scales = len(ctx.scales), ctx.scales
+        x_TD, *saved = ctx.saved_tensors  # asked once: each asking would recompute a checkpointed layer
+        us, As, Bs = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        needs_x, needs_A, needs_B = (
+            ctx.needs_input_grad[0], ctx.needs_input_grad[4 + n : 4 + 2 * n], ctx.needs_input_grad[4 + 2 * n :],
+        )  # fmt: skip
+        ranks = [a.shape[0] for a in As]
+        wide_As, wide_Bs = _beside(As, Bs, ctx.constants, x_TD.dtype)
+        gs = [(dy @ b).mul_(s) for dy, b, s in zip(grads, wide_Bs, scales, strict=True)]
+        dBs = [
+            (dy.t() @ u[:, :rank]).float().mul_(s) if needed else None
+            for dy, u, rank, s, needed in zip(grads, us, ranks, scales, needs_B, strict=True)
+        ]
         bits = None if ctx.dropout is None else keep_bits(ctx.dropout, x_TD.shape[1])
-        da_cat = (g_TR.t() @ (x_TD if bits is None else mask_bits(x_TD, bits))).float()
+        dAs: list[torch.Tensor | None] = [None] * n
+        wanted = [i for i in range(n) if needs_A[i]]
+        if wanted:
+            g_TR = torch.cat([gs[i][:, : ranks[i]] for i in wanted], dim=1)
+            da_cat = (g_TR.t() @ (x_TD if bits is None else mask_bits(x_TD, bits))).float()
+            for i, da in zip(wanted, da_cat.split([ranks[i] for i in wanted]), strict=True):
+                dAs[i] = da
         dx_TD = None
-        if ctx.needs_input_grad[0]:
-            dx_TD = g_TR @ torch.cat([a.to(dtype) for a in As])
+        if needs_x:
+            dx_TD = torch.cat(gs, dim=1) @ torch.cat(wide_As)
             if bits is not None:
                 dx_TD = mask_bits(dx_TD, bits, in_place=True)
-        return dx_TD, None, None, *grads, *da_cat.split(ranks), *dBs
+        return dx_TD, None, None, None, *grads, *dAs, *dBs
+
+
+def _beside(
+    As: Sequence[torch.Tensor], Bs: Sequence[torch.Tensor], constants: Sequence[Pair | None], dtype: torch.dtype
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """[A_i; A0_i] and [B_i B0_i] in `dtype`; the trained factors alone where there is no constant pair."""
+    As, Bs = [a.to(dtype) for a in As], [b.to(dtype) for b in Bs]
+    for i, pair in enumerate(constants):
+        if pair is not None:
+            As[i], Bs[i] = torch.cat((As[i], pair[0].to(dtype))), torch.cat((Bs[i], pair[1].to(dtype)), dim=1)
+    return As, Bs
 
 
 def lora_add(
@@ -62,6 +91,7 @@ def lora_add(
     Bs: Sequence[torch.Tensor | None],
     scales: Sequence[float],
     dropout: DropoutKey | None = None,
+    constants: Sequence[Pair | None] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """As `reference.lora_add`; the outputs are changed in place."""
     chosen = [i for i, a in enumerate(As) if a is not None]
@@ -71,6 +101,7 @@ def lora_add(
     rescale = 1.0 if key is None else 1 / (1 - key.p)
     results = _LoraAdd.apply(
         x_TD, key, tuple(scales[i] * rescale for i in chosen),
+        tuple(None if constants is None else constants[i] for i in chosen),
         *(outputs[i] for i in chosen), *(As[i] for i in chosen), *(Bs[i] for i in chosen),
     )  # fmt: skip
     added = list(outputs)

@@ -48,26 +48,31 @@ def attend_packed(
     lengths: Sequence[int],
     scale: float,
     window: int | None = None,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T scale) v in each segment on its own: t sees s with s <= t, and t - s < window where there is one.
 
-    Softmax in float32. Query head h reads key/value head h // (H / K).
+    Softmax in float32. Query head h reads key/value head h // (H / K). ``prefix``: keys and values (P, K, E) that stand
+    in front of every segment, at positions 0 to P - 1; its own tokens follow from P on (Li and Liang 2021).
     """
     group = q_THE.shape[1] // k_TKE.shape[1]
     outs = []
     for q, k, v in zip(
         q_THE.split(tuple(lengths)), k_TKE.split(tuple(lengths)), v_TKE.split(tuple(lengths)), strict=True
     ):
+        if prefix is not None:
+            k, v = torch.cat((prefix[0], k)), torch.cat((prefix[1], v))
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         scores_HST = torch.einsum("she,the->hst", q, k).float() * scale
-        scores_HST = scores_HST.masked_fill(~visible(len(q), window, q.device), float("-inf"))
+        scores_HST = scores_HST.masked_fill(~visible(len(q), window, q.device, len(k) - len(q)), float("-inf"))
         outs.append(torch.einsum("hst,the->she", scores_HST.softmax(-1).to(v.dtype), v))
     return torch.cat(outs)
 
 
-def visible(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """(length, length) bool: may row t see column s of its own segment."""
-    ahead = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+def visible(length: int, window: int | None, device: torch.device, num_before: int = 0) -> torch.Tensor:
+    """(length, num_before + length) bool: may row t see column s of its own segment, `num_before` columns before it."""
+    place = torch.arange(num_before + length, device=device)
+    ahead = place[num_before:, None] - place[None, :]
     return (ahead >= 0) if window is None else (ahead >= 0) & (ahead < window)
 
 
@@ -92,20 +97,38 @@ def lora_add(
     Bs: Sequence[torch.Tensor | None],
     scales: Sequence[float],
     dropout: DropoutKey | None = None,
+    constants: Sequence[tuple[torch.Tensor, torch.Tensor] | None] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """output_i + scale_i * drop(x) A_i^T B_i^T for linears that share the input x (Hu et al. 2021, equation 3).
 
     outputs_i (T, out_i) are the base linears' results; A_i (R, D), B_i (out_i, R) are float32 masters, rounded to x's
-    dtype for the product; None leaves output i as it is. One dropout mask for the shared input.
+    dtype for the product; None leaves output i as it is. One dropout mask for the shared input. constants_i: a second
+    pair (A0_i, B0_i) that is added in the same way, and gets no gradient.
     """
     dropped = x_TD
     if dropout is not None and dropout.p > 0:
         dropped = x_TD * keep_mask(dropout, x_TD.shape[1]).to(x_TD.dtype) / (1 - dropout.p)
     added = []
-    for output, a, b, scale in zip(outputs, As, Bs, scales, strict=True):
+    for output, a, b, scale, pair in zip(outputs, As, Bs, scales, constants or [None] * len(As), strict=True):
         if a is None or b is None:
             added.append(output)
             continue
+        if pair is not None:
+            a, b = torch.cat((a, pair[0].detach())), torch.cat((b, pair[1].detach()), dim=1)
         delta = (dropped @ a.to(x_TD.dtype).t()) @ b.to(x_TD.dtype).t()
         added.append(output + scale * delta)
     return tuple(added)
+
+
+def scale_columns(
+    z_TO: torch.Tensor, m_O: torch.Tensor, inverse_norm_O: torch.Tensor | None, bias_O: torch.Tensor | None
+) -> torch.Tensor:
+    """g (z - b) + b with g = m inverse_norm: each column around its bias, in float32 inside, in z's dtype outside.
+
+    DoRA's magnitude over norm (Liu et al. 2024, equation 5, the norm a constant as in section 4.3) and IA3's vectors
+    (Liu et al. 2022, section 3.3). m_O is a float32 master; inverse_norm_O None is 1 and gets no gradient; bias_O None
+    is 0 and gets none.
+    """
+    factor_O = m_O.float() if inverse_norm_O is None else m_O.float() * inverse_norm_O.detach()
+    center_O = 0.0 if bias_O is None else bias_O.detach().float()
+    return (factor_O * (z_TO.float() - center_O) + center_O).to(z_TO.dtype)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from alpaca_lora.models.attention import AttentionPlan
+from alpaca_lora.models.attention import AttentionPlan, Prefix
 from alpaca_lora.models.config import ModelConfig
 from alpaca_lora.models.layers import MLP, Attention, Device, Embedding, RMSNorm, Rotation
 from alpaca_lora.models.linear import Linear
@@ -73,13 +73,18 @@ class CausalLM(nn.Module):
     """Tokens to hidden states to logits. Other architectures subclass it and keep this interface.
 
     ``gradient_checkpointing``: keep only each layer's input for backward and run the layer again there.
+    ``prefix``: virtual tokens before every segment (adapters/prefix.py); the plan knows what that means.
     """
+
+    prefix: Prefix | None
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None, device: Device = None) -> None:
         """Uninitialised frozen weights of ``dtype`` on ``device``; "meta" allocates nothing."""
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.prefix = None
+        self.score: Linear | None = None  # a classifier's head, see models/classifier.py
         self._build(config, dtype, device)
         self.lm_head = (
             None
@@ -101,15 +106,40 @@ class CausalLM(nn.Module):
         """The decoder layers, lowest first."""
         return self.model.layers  # pyright: ignore[reportReturnType]
 
+    @property
+    def prefix_length(self) -> int:
+        """Positions that virtual tokens take before each segment."""
+        return 0 if self.prefix is None else self.prefix.length
+
     def forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """ids and positions (int64) of one stream -> hidden_TD after the final norm, in the weights' dtype."""
-        x_TD = self.model.embed_tokens(ids_T)
+        """ids and positions (int64) of one stream -> hidden_TD after the final norm, in the weights' dtype.
+
+        Positions are counted from each segment's own start, whether there is a prefix or not.
+        """
+        first = self.prefix_length
+        if self.prefix is not None:
+            plan, positions_T = plan.with_prefix(self.prefix), positions_T + first
+        return self.final_norm(self.run_layers(self.embed(ids_T), positions_T, plan, first))
+
+    def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """x_TD of tokens, as the first layer gets it but for what a position adds."""
+        x_TD = self.embeddings(ids_T)
         if self.config.embedding_scale != 1.0:
             # rounded to the weights' dtype first, as Gemma was trained
             x_TD = x_TD * torch.tensor(self.config.embedding_scale, dtype=x_TD.dtype).item()
-        rotations = [rope(positions_T, x_TD.dtype) for rope in self.ropes]
-        for layer, rope in zip(self.model.layers, self.config.rope_of_layer, strict=True):
+        return x_TD
+
+    def run_layers(
+        self, x_TD: torch.Tensor, positions_T: torch.Tensor, plan: AttentionPlan, first_position: int = 0
+    ) -> torch.Tensor:
+        """All layers on embedded tokens; a segment begins at ``first_position``. Knows no prefix."""
+        rotations = [rope(positions_T, x_TD.dtype, first_position) for rope in self.ropes]
+        for layer, rope in zip(self.layers, self.config.rope_of_layer, strict=True):
             x_TD = self.run_layer(layer, x_TD, rotations[rope], plan)
+        return x_TD
+
+    def final_norm(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """The norm before the head."""
         return self.model.norm(x_TD)
 
     def run_layer(self, layer: nn.Module, x_TD: torch.Tensor, *context: object) -> torch.Tensor:

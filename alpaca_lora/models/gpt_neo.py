@@ -106,15 +106,21 @@ class GPTNeo(CausalLM):
     def layers(self) -> Sequence[nn.Module]:
         return self.transformer.h  # pyright: ignore[reportReturnType]
 
-    def forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """As `CausalLM.forward`. UserError for a position beyond the table: learned positions end there."""
+    def run_layers(
+        self, x_TD: torch.Tensor, positions_T: torch.Tensor, plan: AttentionPlan, first_position: int = 0
+    ) -> torch.Tensor:
+        """As `CausalLM.run_layers`. UserError for a position beyond the table: learned positions end there."""
         last, limit = int(positions_T.max()), self.config.max_position_embeddings
         if last >= limit:
+            virtual = f" ({first_position} of them virtual)" if first_position else ""
             raise UserError(
-                f"a sequence of {last + 1} tokens is longer than this model's {limit} positions",
+                f"a sequence of {last + 1} tokens{virtual} is longer than this model's {limit} positions",
                 fix="shorten it or lower cutoff_len",
             )
-        x_TD = self.transformer.wte(ids_T) + self.transformer.wpe(positions_T)
-        for layer in self.transformer.h:
+        x_TD = x_TD + self.transformer.wpe(positions_T)
+        for layer in self.layers:
             x_TD = self.run_layer(layer, x_TD, plan)
+        return x_TD
+
+    def final_norm(self, x_TD: torch.Tensor) -> torch.Tensor:
         return self.transformer.ln_f(x_TD)

@@ -16,6 +16,7 @@ from torch import nn
 from alpaca_lora.device import Compute
 from alpaca_lora.errors import ModelFileError, nearest
 from alpaca_lora.models.build import build_model
+from alpaca_lora.models.classifier import SCORE_WEIGHT, expect_score, find_score
 from alpaca_lora.models.config import ModelConfig
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.text.tokenizer import Tokenizer
@@ -56,6 +57,7 @@ def load_base(path_or_name: str, compute: Compute, *, dtype: torch.dtype | None 
         config = ModelConfig.from_hf(source.config, file=path if path.is_file() else path / "config.json")
         dtype = dtype or compute.dtype
         model = build_model(config, dtype=dtype)
+        expect_score(model, source.shapes, source.config, file=path)
         notices = [*source.notices, *check_tensors(source, model)]
         tokenizer = load_tokenizer(source)
         check_vocabulary(tokenizer, config, path)
@@ -64,6 +66,8 @@ def load_base(path_or_name: str, compute: Compute, *, dtype: torch.dtype | None 
     finally:
         source.close()
     size = f"{config.num_layers} layers, {model.num_parameters() / 1e6:,.1f}M parameters"
+    if (score := find_score(model)) is not None:
+        size += f", a classifier of {len(score.labels)} classes"
     description = f"{config.model_type}, {size}, {str(dtype).removeprefix('torch.')} on {compute.device}"
     return Base(model, config, tokenizer, fingerprint, path_or_name, path, description, notices)
 
@@ -149,6 +153,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 def read_weights(source: Source, model: CausalLM, dtype: torch.dtype, device: torch.device) -> None:
     """Put each tensor of the file in its place, one by one; the model on the meta device takes no memory before."""
     for name, _ in list(model.named_parameters()):
-        tensor = source.read(name, dtype=dtype).to(device)
+        # the classification head is float32 everywhere
+        tensor = source.read(name, dtype=torch.float32 if name == SCORE_WEIGHT else dtype).to(device)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

@@ -41,11 +41,16 @@ class Rope:
         self.config, self.head_dim = config, head_dim
         self.inv_freq_E, self.magnitude = inverse_frequencies(config, head_dim)
 
-    def __call__(self, positions_T: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos_TE, sin_TE) in ``dtype``, both halves of E equal. Angles are computed in float32."""
+    def __call__(
+        self, positions_T: torch.Tensor, dtype: torch.dtype, first_position: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos_TE, sin_TE) in ``dtype``, both halves of E equal. Angles are computed in float32.
+
+        ``first_position``: of each sequence, after a prefix; only dynamic NTK asks.
+        """
         positions_T1 = positions_T[:, None].float()
         if self.config.kind == "dynamic":
-            angles = positions_T1 * dynamic_frequencies(self.config, self.head_dim, positions_T)
+            angles = positions_T1 * dynamic_frequencies(self.config, self.head_dim, positions_T, first_position)
         else:
             if self.inv_freq_E.device != positions_T.device:
                 self.inv_freq_E = self.inv_freq_E.to(positions_T.device)
@@ -70,13 +75,15 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[torch.Tensor
     return inv_freq, 1.0
 
 
-def dynamic_frequencies(config: RopeConfig, head_dim: int, positions_T: torch.Tensor) -> torch.Tensor:
+def dynamic_frequencies(
+    config: RopeConfig, head_dim: int, positions_T: torch.Tensor, first_position: int = 0
+) -> torch.Tensor:
     """f of shape (T, E/2) of dynamic NTK: the base grows with the sequence once that is longer than pre-training.
 
-    A packed stream has several sequences: a run of consecutive positions from 0 on is one, its length its last position
-    + 1, so a packed sequence is rotated as it is alone. A token outside of such a run was decoded (or prefilled in a
-    later chunk): its length is its own position + 1, so each key keeps the base of the moment it was made, as in
-    transformers' cached generation.
+    A packed stream has several sequences: a run of consecutive positions from the first on is one, its length its last
+    position + 1, so a packed sequence is rotated as it is alone. A token outside of such a run was decoded (or
+    prefilled in a later chunk): its length is its own position + 1, so each key keeps the base of the moment it was
+    made, as in transformers' cached generation.
     """
     starts_T = torch.ones_like(positions_T, dtype=torch.bool)
     starts_T[1:] = positions_T[1:] != positions_T[:-1] + 1
@@ -84,8 +91,8 @@ def dynamic_frequencies(config: RopeConfig, head_dim: int, positions_T: torch.Te
     last_T = starts_T.roll(
         -1
     )  # the token before a start ends its run; the stream's last token precedes the first start
-    from_zero_T = positions_T[starts_T][run_T] == 0
-    length_T = torch.where(from_zero_T, positions_T[last_T][run_T], positions_T) + 1
+    from_first_T = positions_T[starts_T][run_T] == first_position
+    length_T = torch.where(from_first_T, positions_T[last_T][run_T], positions_T) + 1
     length_T = length_T.clamp(min=config.trained_positions).float()
     stretch_T = config.factor * length_T / config.trained_positions - (config.factor - 1)
     theta_T = config.theta * stretch_T ** (head_dim / (head_dim - 2))

@@ -23,14 +23,15 @@ class Message:
 class Conversation:
     """One row of a data file.
 
-    ``kind``: ``instruction`` (one user turn, one assistant turn), ``chat`` (any number of turns) or ``text``
-    (one assistant message that is the whole text: no template is applied, every token is supervised).
+    ``kind``: ``instruction`` (one user turn, one assistant turn), ``chat`` (any number of turns), ``text``
+    (one assistant message that is the whole text: no template is applied, every token is supervised) or ``labelled``
+    (a user message that is a text to classify, an assistant message that is its label: no template either).
     ``file`` and ``line`` (1-based; for a JSON array the line where the row begins, or its index + 1 when only that is
     known) lead back to the row.
     """
 
     messages: tuple[Message, ...]
-    kind: Literal["instruction", "chat", "text"]
+    kind: Literal["instruction", "chat", "text", "labelled"]
     file: str
     line: int
 
@@ -38,3 +39,8 @@ class Conversation:
 def instruction(prompt: str, context: str, response: str, *, file: str = "", line: int = 0) -> Conversation:
     """The alpaca row ``{instruction: prompt, input: context, output: response}``."""
     return Conversation((Message("user", prompt, context), Message("assistant", response)), "instruction", file, line)
+
+
+def labelled(text: str, label: str, *, file: str = "", line: int = 0) -> Conversation:
+    """A text to classify and its label."""
+    return Conversation((Message("user", text), Message("assistant", label)), "labelled", file, line)

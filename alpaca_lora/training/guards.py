@@ -25,7 +25,8 @@ def gradients_watched(optimizer: FlatAdamW) -> Iterator[None]:
     Hooks and not values: gradients are views of one buffer, never None, and lora_A's first gradient is rightly all
     zeros.
     """
-    parameters, reached = optimizer.named_parameters(), set[str]()
+    # AdaLoRA leaves some without an element
+    parameters, reached = [(n, p) for n, p in optimizer.named_parameters() if p.numel()], set[str]()
     handles = [p.register_post_accumulate_grad_hook(lambda _, name=name: reached.add(name)) for name, p in parameters]
     try:
         yield
@@ -40,8 +41,12 @@ def gradients_watched(optimizer: FlatAdamW) -> Iterator[None]:
         )
 
 
-def check_moved(adapter: Adapter, num_steps: int) -> None:
-    """NumericalError naming the modules whose update is still zero after ``num_steps`` > 0."""
+def check_acted(adapter: Adapter, num_steps: int) -> None:
+    """NumericalError naming the modules whose update is still zero after ``num_steps`` > 0, or when the method did not
+    do what it is for.
+    """
+    if num_steps:
+        adapter.check_acted()
     still = [name for name, norm in adapter.moved().items() if not norm > 0]
     if still and num_steps:
         raise NumericalError(

@@ -4,6 +4,7 @@ like.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,38 @@ class Loss(Protocol):
     """What the trainer calls: a float32 scalar that a backward pass starts from."""
 
     def __call__(self, model: Any, batch: Batch, num_supervised: int) -> torch.Tensor: ...
+
+
+class Judge(Protocol):
+    """How a validation batch is judged. Losses are summed by the trainer; ``measure`` runs the model once."""
+
+    def measure(self, model: Any, batch: Batch) -> tuple[float, Any]:
+        """(summed loss, what `figures` needs of this batch)."""
+        ...
+
+    def figures(self, measured: Sequence[Any]) -> dict[str, Any]:
+        """What is said of all batches besides the loss, for example the accuracy; JSON values."""
+        ...
+
+    def rank(self, loss: float, figures: dict[str, Any]) -> list[float]:
+        """Lower is better, compared number by number."""
+        ...
+
+
+class LossOnly:
+    """The judge of generation: the loss says it all."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def measure(self, model: Any, batch: Batch) -> tuple[float, Any]:
+        return float(self.loss(model, batch, 1)), None
+
+    def figures(self, measured: Sequence[Any]) -> dict[str, Any]:
+        return {}
+
+    def rank(self, loss: float, figures: dict[str, Any]) -> list[float]:
+        return [loss]
 
 
 def causal_lm_loss(model: CausalLM, batch: Batch, num_supervised: int) -> torch.Tensor:

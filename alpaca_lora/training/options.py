@@ -49,6 +49,9 @@ class TrainingOptions(Options):
     fresh: bool = Field(
         False, description="start anew in an output_dir that holds a run; the old run moves to previous-N/ inside it"
     )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="classification: balanced lets a rare class weigh as much in the loss as a frequent one"
+    )
     report_to: list[Literal["tensorboard", "wandb"]] = Field([], description="where to send the metrics as well")
     wandb_project: str = Field("", description="Weights & Biases project; when set, metrics are sent there")
     wandb_run_name: str = Field("", description="Weights & Biases run name")

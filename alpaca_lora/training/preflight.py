@@ -27,6 +27,7 @@ from alpaca_lora.training.micro_batch import is_out_of_memory, on_device, rounde
 PILOT_SHARE = 8
 CHECKPOINTING_SHARE = 0.2  # of the activations that are left: layer inputs and one layer's own
 OPTIMIZER_BYTES = 12  # per trained number: gradient and both of Adam's averages, float32
+MASTER_BYTES = 4  # and the weight itself, where it is trained in another dtype
 SHORTEST_CUTOFF = 32  # tokens; below it nothing useful is learned
 RESERVE = 0.05  # of the peak: the allocator's slack between this measurement and a long run
 
@@ -114,7 +115,9 @@ def probe(
     baseline = current_memory_bytes(device)
     limit = memory_limit(options, device)
     model.gradient_checkpointing = options.gradient_checkpointing
-    optimizer_bytes = OPTIMIZER_BYTES * sum(p.numel() for p in trained)
+    optimizer_bytes = sum(
+        p.numel() * (OPTIMIZER_BYTES + (MASTER_BYTES if p.dtype != torch.float32 else 0)) for p in trained
+    )
 
     def measured(one: Batch) -> Probe:
         seconds = _step(model, adapter, loss, one, options.seed, device)

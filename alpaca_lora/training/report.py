@@ -35,7 +35,8 @@ class SampleAnswer:
 @dataclass(frozen=True)
 class Report:
     """What the page shows. summary, config: (name, value, note); log: the records of metrics.jsonl; moved: module ->
-    norm of its update; rows: the ledger's (what, how many, note)."""
+    norm of its update; rows: the ledger's (what, how many, note); method: what the method did (name, value); pictures:
+    (heading, picture), for example ranks over time or a confusion matrix."""
 
     title: str
     summary: Sequence[tuple[str, str, str]]
@@ -44,13 +45,18 @@ class Report:
     rows: Sequence[tuple[str, int, str]]
     moved: Mapping[str, float]
     samples: Sequence[SampleAnswer] = field(default_factory=list)
+    method: Sequence[tuple[str, str]] = ()
+    pictures: Sequence[tuple[str, Figure]] = ()
 
 
 def write_report(path: Path, report: Report) -> None:
     """Write the page atomically."""
     source = resources.files("alpaca_lora.training").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True).from_string(source)
-    text = page.render(report=report, loss_picture=_png(loss_figure(report.log)), moved_picture=_moved(report.moved))
+    text = page.render(
+        report=report, loss_picture=_png(loss_figure(report.log)), moved_picture=_moved(report.moved),
+        pictures=[(heading, _png(figure)) for heading, figure in report.pictures],
+    )  # fmt: skip
     replace_file(path, text.encode())
 
 
@@ -102,7 +108,7 @@ def moved_figure(moved: Mapping[str, float]) -> Figure:
     picture = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
     axes.set_yticks(range(len(cells)), list(cells))
     axes.set_xlabel("layer")
-    figure.colorbar(picture, ax=axes, label="norm of lora_B")
+    figure.colorbar(picture, ax=axes, label="norm of the change")
     return figure
 
 

@@ -4,7 +4,7 @@ unchanged.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ class TrainState:
 
     ``seconds``: of the training loop alone, evaluation and saving left out. ``loss_sum`` is the supervised tokens'
     summed loss, so ``train_loss`` is the mean over the run. ``evaluated_step``: the last step whose evaluation is in
-    the log (a signal may come in the middle of one). ``max_tokens``: micro-batch limit after memory ran out.
+    the log (a signal may come in the middle of one). ``best_*``: of the best step as `Judge.rank` has it (its loss,
+    or its accuracy); figures are what the judge measures besides the loss. ``max_tokens``: micro-batch limit after
+    memory ran out.
     """
 
     step: int = 0
@@ -30,7 +32,10 @@ class TrainState:
     last_loss: float | None = None
     seconds: float = 0.0
     val_loss: float | None = None
+    val_figures: dict[str, Any] = field(default_factory=dict)
     best_val_loss: float | None = None
+    best_figures: dict[str, Any] = field(default_factory=dict)
+    best_rank: list[float] | None = None
     best_step: int | None = None
     evaluated_step: int = 0
     evaluations_since_best: int = 0
@@ -51,7 +56,7 @@ class TrainState:
     @classmethod
     def from_record(cls, record: dict[str, Any], *, file: Path) -> TrainState:
         """Take back `to_record`; ModelFileError when the keys are not those of this version."""
-        known = {field.name for field in fields(cls)}
+        known = {one.name for one in fields(cls)}
         if set(record) != known:
             odd = ", ".join(sorted(set(record) ^ known))
             raise ModelFileError(

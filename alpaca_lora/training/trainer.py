@@ -3,7 +3,7 @@ arguments.
 
     for each step:   micro-batches of the optimizer batch -> loss, backward     (signals are polled before each)
                      a loss or gradient that is not finite -> no update, the batch is written out, the run ends
-                     clip, learning rate of the step, AdamW, the adapter's own after_step
+                     clip, learning rate of the step, AdamW, the adapter's own after_step (which may shrink it)
                      a line of the log; an evaluation, a checkpoint where one is due
 
 Randomness, rows and learning rate are pure functions of the step, so a checkpoint holds no generator and no position
@@ -15,23 +15,23 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save as save_tensors
 
-from alpaca_lora.adapters.base import Adapter
+from alpaca_lora.adapters.base import Adapter, Kept
 from alpaca_lora.data.examples import Batch, StepBatch
 from alpaca_lora.device import current_memory_bytes
 from alpaca_lora.errors import MachineError, ModelFileError, NumericalError, Stopped
 from alpaca_lora.kernels.dropout import row_keys
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.training.checkpoint import LOG, STATE, TENSORS, Checkpoint, verify
-from alpaca_lora.training.guards import check_moved, gradients_watched, not_finite
+from alpaca_lora.training.guards import check_acted, gradients_watched, not_finite
 from alpaca_lora.training.identity import RunIdentity
-from alpaca_lora.training.loss import Loss
+from alpaca_lora.training.loss import Judge, Loss, LossOnly
 from alpaca_lora.training.metrics import MetricsLog
 from alpaca_lora.training.micro_batch import is_out_of_memory, on_device, rounded_up, shrink
 from alpaca_lora.training.optimizer import FlatAdamW
@@ -41,6 +41,8 @@ from alpaca_lora.training.saver import Saver
 from alpaca_lora.training.schedule import Schedule, total_steps, warmup_steps
 from alpaca_lora.training.signals import Interrupted, SignalFlag
 from alpaca_lora.training.state import TrainState
+
+EXTRA = "adapter."  # before the names of the adapter's own state in a checkpoint
 
 
 class Batches(Protocol):
@@ -66,12 +68,13 @@ class Trainer:
 
     def __init__(
         self, model: CausalLM, adapter: Adapter, loader: Batches, loss: Loss, options: TrainingOptions, *,
-        val_loader: EvalBatches | None = None, device: torch.device | None = None, identity: RunIdentity | None = None,
-        saver: Saver | None = None, log: MetricsLog | None = None, progress: TrainingProgress | None = None,
-        signals: SignalFlag | None = None,
+        val_loader: EvalBatches | None = None, judge: Judge | None = None, device: torch.device | None = None,
+        identity: RunIdentity | None = None, saver: Saver | None = None, log: MetricsLog | None = None,
+        progress: TrainingProgress | None = None, signals: SignalFlag | None = None,
     ) -> None:  # fmt: skip
         self.model, self.adapter, self.loader, self.loss, self.options = model, adapter, loader, loss, options
-        self.val_loader, self.device = val_loader, device or torch.device("cpu")
+        self.val_loader, self.judge = val_loader, judge or LossOnly(loss)
+        self.device = device or torch.device("cpu")
         self.identity, self.saver = identity or RunIdentity(), saver
         self.log, self.signals = log or MetricsLog(None), signals or SignalFlag()
         self.total_steps = total_steps(options.num_epochs, options.max_steps, loader.steps_per_epoch)
@@ -80,9 +83,10 @@ class Trainer:
             warmup_steps(options.warmup_steps, self.total_steps),
         )  # fmt: skip
         self.progress = progress or TrainingProgress(None, total_steps=self.total_steps)
+        adapter.begin(self.total_steps)
         self.optimizer = FlatAdamW(
             adapter.trained_parameters(), beta1=options.adam_beta1, beta2=options.adam_beta2,
-            epsilon=options.adam_epsilon, weight_decay=options.weight_decay,
+            epsilon=options.adam_epsilon, weight_decay=options.weight_decay, ratio=adapter.learning_rate_ratio,
         )  # fmt: skip
         self.state = TrainState()
         self._best_weights: torch.Tensor | None = None  # only of a best step that has no checkpoint here
@@ -109,7 +113,7 @@ class Trainer:
             self.adapter.set_rows(None)  # whoever asks the model next is not training
         self._save_now()
         self._take_best_weights()
-        check_moved(self.adapter, self.state.step)
+        check_acted(self.adapter, self.state.step)
         return self.state
 
     def train_step(self) -> None:
@@ -126,7 +130,7 @@ class Trainer:
         learning_rate = self.schedule.learning_rate(step)
         self.optimizer.clip(grad_norm, self.options.max_grad_norm)
         self.optimizer.step(learning_rate)
-        self.adapter.after_step(step)
+        self._shrink(self.adapter.after_step(step))
 
         state.step += 1
         state.epoch = state.step / self.loader.steps_per_epoch
@@ -151,6 +155,8 @@ class Trainer:
             try:
                 with nullcontext() if self._gradients_proven else gradients_watched(self.optimizer):
                     losses = [self._backward(micro_batch, batch) for micro_batch in batch.micro_batches]
+                    if (penalty := self.adapter.penalty()) is not None:
+                        penalty.backward()
                 self._gradients_proven = True
                 return batch, torch.stack(losses).tolist()
             except _OutOfMemory as error:
@@ -170,30 +176,50 @@ class Trainer:
         # raised out here: the first error as its context would keep the activations alive
         raise _OutOfMemory(micro_batch)
 
+    def _shrink(self, kept: Mapping[str, Kept]) -> None:
+        """Take out for good what the adapter gave up. Weights from before are of another shape: the best step is sought
+        anew.
+        """
+        if not kept:
+            return
+        self.optimizer.select(kept)
+        self._forget_best()
+        self.progress.say(f"step {self.state.step + 1}: ranks are final, {len(kept)} parameters are smaller now")
+
+    def _forget_best(self) -> None:
+        state = self.state
+        state.best_step = state.best_val_loss = state.best_rank = None
+        state.best_figures, state.evaluations_since_best = {}, 0
+        self._best_weights = None
+
     # ---- evaluation
 
-    def evaluate(self) -> float:
-        """Mean loss per supervised token over the validation rows, in nats; the model is left as it was."""
+    def evaluate(self) -> tuple[float, dict[str, Any]]:
+        """Mean loss per supervised token (or row) over the validation rows, in nats, and the judge's figures; the model
+        is left as it was.
+        """
         assert self.val_loader is not None
-        total, count = 0.0, 0
+        total, count, measured = 0.0, 0, []
         self.adapter.set_rows(None)
         pending = self.val_loader.eval_batches()
         with torch.no_grad():
             for whole in pending:
-                loss_sum = self._evaluate_batch(whole)
-                total, count = total + loss_sum, count + whole.num_supervised
-        return total / max(1, count)
+                for loss_sum, found in self._evaluate_batch(whole):
+                    total += loss_sum
+                    measured.append(found)
+                count += whole.num_supervised
+        return total / max(1, count), self.judge.figures(measured)
 
-    def _evaluate_batch(self, whole: Batch) -> float:
-        """Summed loss of a micro-batch, cut up where memory does not suffice."""
+    def _evaluate_batch(self, whole: Batch) -> list[tuple[float, Any]]:
+        """What the judge measures on a micro-batch, cut up where memory does not suffice."""
         while True:
             cut = shrink(StepBatch(0, 0, (whole,)), self.state.max_tokens or whole.num_tokens)
-            losses: list[float] = []
+            measured: list[tuple[float, Any]] = []
             try:
                 for batch in cut.micro_batches:
                     self.signals.check()
-                    losses.append(float(self.loss(self.model, on_device(rounded_up(batch), self.device), 1)))
-                return math.fsum(losses)
+                    measured.append(self.judge.measure(self.model, on_device(rounded_up(batch), self.device)))
+                return measured
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -220,22 +246,26 @@ class Trainer:
         """Whether this is the best so far."""
         state = self.state
         started = time.perf_counter()
-        loss = self.evaluate()
+        loss, figures = self.evaluate()
         if not math.isfinite(loss):
             raise NumericalError(f"step {state.step}: the validation loss is {loss}; {self._last_good()}")
-        state.val_loss, state.evaluated_step = loss, state.step
-        is_best = state.best_val_loss is None or loss < state.best_val_loss
+        state.val_loss, state.val_figures, state.evaluated_step = loss, figures, state.step
+        rank = self.judge.rank(loss, figures)
+        is_best = state.best_rank is None or rank < state.best_rank
         if is_best:
-            state.best_val_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
+            state.best_val_loss, state.best_figures, state.best_rank = loss, figures, rank
+            state.best_step, state.evaluations_since_best = state.step, 0
         else:
             state.evaluations_since_best += 1
             patience = self.options.early_stopping_patience
-            state.stopped_early = bool(patience) and state.evaluations_since_best >= patience
+            patient = not patience or state.evaluations_since_best < patience
+            state.stopped_early = not patient and self.adapter.is_settled()
         self.log.write({
             "step": state.step, "epoch": state.epoch, "val_loss": loss, "best_val_loss": state.best_val_loss,
-            "seconds": time.perf_counter() - started,
+            **figures, "seconds": time.perf_counter() - started,
         })  # fmt: skip
-        self.progress.say(f"step {state.step}: validation loss {loss:.4f}" + (" (best)" if is_best else ""))
+        shown = "".join(f", {name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
+        self.progress.say(f"step {state.step}: validation loss {loss:.4f}{shown}" + (" (best)" if is_best else ""))
         if state.stopped_early:
             self.progress.say(
                 f"no better validation loss in {state.evaluations_since_best} evaluations: stopping early"
@@ -248,6 +278,7 @@ class Trainer:
             "step": state.step, "epoch": state.epoch, "train_loss": loss, "learning_rate": learning_rate,
             "grad_norm": grad_norm, "tokens": state.tokens, "supervised_tokens": state.supervised_tokens,
             "tokens_per_second": num_tokens / seconds, "memory_bytes": memory, "seconds": seconds,
+            **self.adapter.log_record(),
         })  # fmt: skip
         self.progress.step(
             state.step, loss=loss, learning_rate=learning_rate, tokens_per_second=state.tokens_per_second,
@@ -260,11 +291,15 @@ class Trainer:
         """Take the run up where ``checkpoint`` left it. Call `identity.check` on its state first; the log is the
         caller's.
         """
-        record = checkpoint.state()
-        self.optimizer.load_state(checkpoint.tensors(), updates=record["updates"], file=str(checkpoint.path / TENSORS))
+        record, tensors = checkpoint.state(), checkpoint.tensors()
+        extra = {name.removeprefix(EXTRA): tensors.pop(name) for name in list(tensors) if name.startswith(EXTRA)}
+        if kept := self.adapter.load_extra_state(extra):
+            self.optimizer.select(kept)
+        self.optimizer.load_state(tensors, updates=record["updates"], file=str(checkpoint.path / TENSORS))
         self.state = TrainState.from_record(record["state"], file=checkpoint.path / STATE)
         patience = self.options.early_stopping_patience  # may have been raised since
-        self.state.stopped_early = bool(patience) and self.state.evaluations_since_best >= patience
+        impatient = bool(patience) and self.state.evaluations_since_best >= patience
+        self.state.stopped_early = impatient and self.adapter.is_settled()
         if self.saver is None or self.saver.store.path(checkpoint.step) == checkpoint.path:
             self._saved_step = checkpoint.step  # one in another folder is not saved here yet
         if (best := self.state.best_step) is None:
@@ -275,14 +310,14 @@ class Trainer:
             self.progress.say(
                 f"the best checkpoint so far cannot be used ({error}); the best is sought anew from here on"
             )
-            self.state.best_step = self.state.best_val_loss = None
-            self.state.evaluations_since_best = 0
+            self._forget_best()
             return
         if self.saver is None or not self.saver.store.path(best).is_dir():
             self._best_weights = weights  # the checkpoint that is resumed lies in another folder
 
     def _files(self) -> dict[str, bytes]:
         tensors = {name: tensor.cpu() for name, tensor in self.optimizer.state_tensors().items()}
+        tensors |= {EXTRA + name: tensor.cpu().contiguous() for name, tensor in self.adapter.extra_state().items()}
         record: dict[str, Any] = {
             "state": self.state.to_record(), "updates": self.optimizer.updates, "run": self.identity.to_record()
         }  # fmt: skip
@@ -334,6 +369,7 @@ class Trainer:
                 )
                 return
         self.optimizer.load_weights(weights)
+        self.adapter.set_rows(None)  # what it computed from the last weights is of no use now
         self.progress.say(f"weights of the best step, {best} (validation loss {self.state.best_val_loss:.4f})")
 
     def _last_good(self) -> str:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alpaca_lora.adapters.lora import Lora, LoRALinear
+from alpaca_lora.adapters.lora import Lora
+from alpaca_lora.adapters.lora_linear import LoRALinear
 from alpaca_lora.adapters.peft_format import adapter_folder, load_adapter, read_config, save_adapter
 from alpaca_lora.adapters.record import AdapterRecord
 from alpaca_lora.errors import AdapterError, AlpacaLoraError, MachineError, ModelFileError, UserError
@@ -266,8 +267,9 @@ def test_keys_shapes_and_values_are_checked_before_the_model_is_touched(
         ({"peft_type": "REMOVED"}, "peft_type: missing"),
         ({"peft_type": "LOHA"}, "'LOHA' is not supported, expected one of LORA"),
         ({"peft_type": ["LORA"]}, "peft_type"),
-        ({"use_dora": True}, "use_dora: True is not supported yet by method lora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save: .* is not supported yet"),
+        ({"use_dora": True}, r"missing .*lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, r"missing base_model\.model\.lm_head\.weight"),
+        ({"modules_to_save": ["nothing"]}, "modules_to_save: 'nothing' names no module"),
         ({"bias": "lora_only"}, "bias: 'lora_only' is not supported yet"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa_niter_4"}, "takes a part out of the base weights"),

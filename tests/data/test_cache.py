@@ -22,7 +22,7 @@ def write_entry(folder: Path) -> Path:
     with EntryWriter(folder) as writer:
         for number, ids in enumerate(([1, 2, 3], [4, 5])):
             ids_T = np.array(ids, dtype=np.int32)
-            columns = (number + 1, number, 7, 8, len(ids), len(ids) - 1, 0, 0, 0)
+            columns = (number + 1, number, 7, 8, len(ids), len(ids) - 1, 0, 0, 0, -1)
             writer.append([ids_T], [ids_T > ids[0]], [columns])
         writer.finish(ledger, {"notes": ["n"]})
     return folder
@@ -63,7 +63,7 @@ def test_damage_is_seen(tmp_path: Path, part: str, damage: str) -> None:
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), EntryWriter(tmp_path / "key") as writer:
-        writer.append([np.array([1], np.int32)], [np.array([True])], [(1, 0, 7, 8, 1, 1, 0, 0, 0)])
+        writer.append([np.array([1], np.int32)], [np.array([True])], [(1, 0, 7, 8, 1, 1, 0, 0, 0, -1)])
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
     with pytest.raises(FileNotFoundError):

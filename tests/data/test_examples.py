@@ -30,3 +30,12 @@ def test_a_step_adds_up_its_micro_batches() -> None:
     batches = tuple(Batch.pack([example(i, [1, 2, 3], [0, 1, 1])]) for i in range(4))
     step = StepBatch(step=7, epoch=1, micro_batches=batches)
     assert (step.num_examples, step.num_tokens, step.num_supervised) == (4, 12, 8)
+
+
+def test_a_text_to_classify_has_its_class_at_its_last_token() -> None:
+    texts = [(5, [10, 11, 12], 1), (9, [20], 0), (2, [30, 31], 2)]
+    rows = [TokenizedExample(np.array(ids, np.int32), np.zeros(len(ids), bool), i, c) for i, ids, c in texts]
+    batch = Batch.pack(rows)
+    assert batch.label_rows_N.tolist() == [2, 3, 5] and batch.label_ids_N.tolist() == [1, 0, 2]
+    assert batch.num_supervised == 3 and batch.num_tokens == 6 and batch.lengths == (3, 1, 2)
+    assert [one.num_supervised for one in rows] == [1, 1, 1]

@@ -43,3 +43,18 @@ def test_limits(values: dict) -> None:
 def test_shares_and_counts_are_both_fine() -> None:
     assert DataOptions(data_path=["x"], val_set_size=0.05).val_set_size == 0.05
     assert DataOptions(data_path=["x"], val_set_size=2000.0).val_set_size == 2000
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "message"),
+    [
+        ({"label_key": "label"}, "label_key", "is not a key of task generation, set task to classification"),
+        ({"task": "classification", "prompt_key": "q"}, "prompt_key", "is not a key of task classification, give text"),
+        ({"task": "classification", "text_key": "a", "label_key": "a"}, "label_key", "is 'a', as text_key is"),
+    ],
+)
+def test_a_key_belongs_to_a_task(values: dict, field: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        DataOptions(data_path=["rows.tsv"], **values)
+    assert caught.value.field == field
+    assert DataOptions(data_path=["rows.tsv"], task="classification", text_key="a", label_key="b").label_key == "b"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from alpaca_lora.data.split import choose_validation, normalised_hash, piece_hash, row_hash
-from alpaca_lora.text.messages import Conversation, Message, instruction
+from alpaca_lora.text.messages import Conversation, Message, instruction, labelled
 
 HASHES = arrays.arrays(np.uint64, st.integers(0, 60), elements=st.integers(0, 20))
 SIZES = st.integers(0, 80) | st.floats(0, 1, exclude_max=True)
@@ -88,3 +88,10 @@ def test_the_quick_way_for_ascii_gives_the_same_words(text: str) -> None:
     from alpaca_lora.data.split import _words
 
     assert _words(text) + "é" == _words(text + "é")
+
+
+def test_a_labelled_row_is_told_by_its_text_alone() -> None:
+    one, other = labelled("Fine!", "pos"), labelled("Fine!", "neg")
+    assert row_hash(one) == row_hash(other) != row_hash(labelled("fine", "pos"))
+    assert normalised_hash(one) == normalised_hash(labelled("fine", "pos"))
+    assert row_hash(one) != row_hash(instruction("Fine!", "", "pos"))

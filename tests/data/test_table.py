@@ -30,3 +30,13 @@ def test_a_choice_of_rows_counts_anew() -> None:
     table = ExampleTable(rows, np.array([2, 0]))
     assert [one.ids_T.tolist() for one in table] == [[4, 5, 6], [1, 2]]
     assert [one.index for one in table] == [0, 1] and table.lengths.tolist() == [3, 2]
+
+
+def test_classes_come_from_the_labels_of_the_rows() -> None:
+    ids_T = np.array([1, 2], dtype=np.int32)
+    rows = [TokenizedExample(ids_T, ids_T > 1, 0, label) for label in (2, 0, 2)]
+    table = ExampleTable.from_examples(rows)
+    assert [one.label for one in table] == [2, 0, 2] and table.num_supervised.tolist() == [1, 1, 1]
+    other = ExampleTable(table._rows, np.array([2, 1]), np.array([5, -1, 6]))
+    assert other.classes_N is not None and other.classes_N.tolist() == [6, 5] and other[-1].label == 5
+    assert ExampleTable.from_examples([example(1, 2)])[0].label is None

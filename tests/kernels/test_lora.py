@@ -41,3 +41,50 @@ def test_input_without_gradient():
     (y,) = lora.lora_add((randn(4, 3),), randn(4, 6), (a,), (b,), (1.0,))
     y.sum().backward()
     assert a.grad is not None and b.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [None, KEY])
+def test_a_constant_pair_beside_the_trained_one(dropout, dtype):
+    """On the first of two adapters; it acts forward and in the input's gradient, and gets none itself."""
+    inputs = [randn(37, 24, dtype=dtype), randn(37, 10, dtype=dtype), randn(37, 11, dtype=dtype)]
+    inputs += [randn(4, 24), randn(3, 24), randn(10, 4), randn(11, 3)]
+    pair = randn(2, 24, seed=5).requires_grad_(), randn(10, 2, seed=6).requires_grad_()
+
+    def with_op(op, constants):
+        return lambda x, y1, y2, a1, a2, b1, b2: op(
+            (y1 * 1, y2 * 1), x, (a1, a2), (b1, b2), (2.0, 0.5), dropout, constants
+        )
+
+    assert_same(with_op(lora.lora_add, (pair, None)), with_op(reference.lora_add, (pair, None)), inputs, dtype)
+    assert pair[0].grad is None and pair[1].grad is None
+    with pytest.raises(AssertionError, match="off by"):
+        assert_same(with_op(lora.lora_add, (pair, None)), with_op(reference.lora_add, (None, None)), inputs, dtype)
+
+
+def test_pairs_that_cancel_leave_the_output_as_it_was():
+    """In bfloat16 too, where adding and taking away one after the other would round the output twice."""
+    x, y = randn(37, 24, dtype=torch.bfloat16), randn(37, 10, dtype=torch.bfloat16)
+    a, b = randn(4, 24), randn(10, 4)
+    (same,) = lora.lora_add((y.clone(),), x, (a,), (b,), (2.0,), None, ((a, -b),))
+    assert torch.equal(same, y)
+    (one,) = lora.lora_add((y.clone(),), x, (a,), (b,), (2.0,))
+    (two,) = lora.lora_add((one,), x, (a,), (-b,), (2.0,))
+    assert not torch.equal(two, y)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1)])
+def test_frozen_factors_get_no_gradient_and_the_others_the_same(frozen):
+    """A factor that asks for none costs no product."""
+    x, y, a, b = randn(7, 6), randn(7, 5), randn(2, 6), randn(5, 2)
+
+    def run(factors):
+        leaf = x.clone().requires_grad_()
+        (out,) = lora.lora_add((y.clone(),), leaf, (factors[0],), (factors[1],), (1.5,), None, None)
+        out.square().sum().backward()
+        return leaf.grad, *(f.grad for f in factors)
+
+    wanted = run([a.clone().requires_grad_(), b.clone().requires_grad_()])
+    got = run([f.clone().requires_grad_(i not in frozen) for i, f in enumerate((a, b))])
+    for i, (g, w) in enumerate(zip(got, wanted, strict=True)):
+        assert g is None if i - 1 in frozen else torch.equal(g, w)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from alpaca_lora.kernels import reference
 from alpaca_lora.models.attention import Packed
 
 
@@ -22,6 +23,34 @@ def test_packed_is_causal_softmax_within_each_segment(key_heads: int, window: in
             kv = h // (heads // key_heads)
             weights = torch.softmax(scale * (k_TKE[seen, kv] @ q_THE[t, h]), dim=0)
             torch.testing.assert_close(out_THE[t, h], weights @ v_TKE[seen, kv], atol=1e-5, rtol=0)
+
+
+class CountedPrefix:
+    """Two layers' random keys and values, and how often they were asked for."""
+
+    length = 3
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.layers = [(torch.randn(3, 2, 4), torch.randn(3, 2, 4)) for _ in range(2)]
+
+    def keys_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        self.asked += 1
+        return self.layers
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_every_layer_reads_its_own_part_of_the_prefix(window: int | None) -> None:
+    torch.manual_seed(0)
+    prefix, lengths, q_THE, k_TKE = CountedPrefix(), (5, 2), torch.randn(7, 2, 4), torch.randn(7, 2, 4)
+    plain = Packed(lengths)
+    plan = plain.with_prefix(prefix)
+    for layer in range(2):
+        out_THE = plan.attend(layer, q_THE, k_TKE, k_TKE, 0.5, window)
+        want_THE = reference.attend_packed(q_THE, k_TKE, k_TKE, lengths, 0.5, window, prefix.layers[layer])
+        torch.testing.assert_close(out_THE, want_THE)
+        assert not torch.allclose(out_THE, plain.attend(layer, q_THE, k_TKE, k_TKE, 0.5, window))
+    assert prefix.asked == 1
 
 
 def test_one_plan_serves_all_layers() -> None:

@@ -80,7 +80,7 @@ def test_all_that_does_not_fit_is_named_in_one_error_before_anything_is_read(
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.self_attn.query.weight"] = tensors.pop("model.layers.0.self_attn.q_proj.weight")
         tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 5)
-        tensors["score.weight"] = torch.zeros(2, 32)
+        tensors["value_head.weight"] = torch.zeros(2, 32)
 
     edit(folder, change)
     monkeypatch.setattr("alpaca_lora.weights.huggingface.HuggingFaceFolder.read", None)  # any read would be a TypeError
@@ -93,7 +93,7 @@ def test_all_that_does_not_fit_is_named_in_one_error_before_anything_is_read(
         in message
     )
     assert "2 tensors are not of this model: model.layers.0.self_attn.query.weight" in message
-    assert "score.weight" in message
+    assert "value_head.weight" in message
     assert "1 tensors have another shape: model.layers.1.mlp.up_proj.weight is 3x5, expected 44x32" in message
 
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from alpaca_lora.data.examples import Batch, StepBatch
+from alpaca_lora.data.examples import Batch, StepBatch, TokenizedExample
 from alpaca_lora.training.loss import causal_lm_loss
 from alpaca_lora.training.micro_batch import (
     ROUND_TO,
@@ -90,3 +92,21 @@ def test_rounding_up_changes_no_row_and_no_loss() -> None:
         losses = [causal_lm_loss(model, one, batch.num_supervised) for one in (batch, stream)]
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
     assert rounded_up(stream) is stream
+
+
+def labelled_rows() -> list[TokenizedExample]:
+    return [dataclasses.replace(row, label=row.index % 3) for row in table()]
+
+
+def test_texts_to_classify_are_halved_shrunk_and_rounded_up_with_their_classes() -> None:
+    rows = labelled_rows()
+    whole = Batch.pack(rows)
+    left, right = halve(whole)
+    cut = len(left.lengths)
+    assert same(left, Batch.pack(rows[:cut])) and same(right, Batch.pack(rows[cut:]))
+    small = shrink(StepBatch(0, 0, (whole,)), 20)
+    assert small.num_supervised == len(rows) and len(small.micro_batches) > 3
+    assert all(batch.num_supervised == len(batch.lengths) for batch in small.micro_batches)
+    stream = rounded_up(whole)
+    assert stream.num_tokens % ROUND_TO == 0 and stream.num_tokens > whole.num_tokens
+    assert torch.equal(stream.label_rows_N, whole.label_rows_N) and stream.num_supervised == len(rows)

@@ -142,7 +142,7 @@ class TestInvariants:
         losses = []
         for size in (1, 2, 3):
             trainer.val_loader = TinyBatches(table((9, 4, 14), seed=1), micro_batch_size=size)
-            losses += [trainer.evaluate(), trainer.evaluate()]
+            losses += [trainer.evaluate()[0], trainer.evaluate()[0]]
         assert losses[0] == losses[1]  # no dropout
         assert max(losses) - min(losses) < 1e-6
         assert digest(trainer) == before
@@ -229,7 +229,7 @@ class TestStopping:
         best = verify(tmp_path / f"checkpoint-{state.best_step}").tensors()
         for name, parameter in trainer.optimizer.named_parameters():
             assert torch.equal(parameter, best[f"weight.{name}"])
-        assert trainer.evaluate() == pytest.approx(state.best_val_loss, abs=1e-7)
+        assert trainer.evaluate()[0] == pytest.approx(state.best_val_loss, abs=1e-7)
 
     def test_without_validation_the_last_weights_stay(self, tmp_path: Path) -> None:
         trainer = tiny_trainer(tmp_path, validation=False)
@@ -277,7 +277,7 @@ class TestNotFinite:
 
     def test_a_validation_loss_that_is_not_finite(self) -> None:
         trainer = tiny_trainer()
-        trainer.evaluate = lambda: math.nan  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.evaluate = lambda: (math.nan, {})  # pyright: ignore[reportAttributeAccessIssue]
         with pytest.raises(NumericalError, match="validation loss"):
             trainer.train()
 
@@ -321,7 +321,7 @@ class TestOutOfMemory:
         assert whole.state.max_tokens is None and tight.state.max_tokens is not None
         assert (gradient(whole) - gradient(tight)).abs().max() <= 1e-6
         assert whole.state.supervised_tokens == tight.state.supervised_tokens
-        assert tight.evaluate() == pytest.approx(whole.evaluate(), abs=1e-6)
+        assert tight.evaluate()[0] == pytest.approx(whole.evaluate()[0], abs=1e-6)
 
     def test_a_single_row_that_does_not_fit(self) -> None:
         trainer = tiny_trainer(batches={"batch_size": 10, "micro_batch_size": 10})

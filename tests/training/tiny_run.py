@@ -1,4 +1,4 @@
-"""A whole training run in a fraction of a second: the tiny model, LoRA, and a table made by hand."""
+"""A whole training run in a fraction of a second: the tiny model, any method, and a table made by hand."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from alpaca_lora.adapters.lora import Lora
+from alpaca_lora.adapters.base import method_class
 from alpaca_lora.adapters.options import AdapterOptions
 from alpaca_lora.adapters.peft_format import save_adapter
 from alpaca_lora.data.examples import Batch, StepBatch, TokenizedExample
+from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.training.checkpoint import Checkpoint, CheckpointStore
 from alpaca_lora.training.identity import RunIdentity
 from alpaca_lora.training.loss import causal_lm_loss
@@ -69,25 +70,29 @@ def tiny_options(folder: Path | str = "unused", **overrides: Any) -> TrainingOpt
 
 def tiny_trainer(
     folder: Path | None = None, *, resume: Checkpoint | None = None, validation: bool = True,
-    adapter: dict[str, Any] | None = None, batches: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None, batches: dict[str, Any] | None = None, model: CausalLM | None = None,
     signals: SignalFlag | None = None, say: Any = lambda _: None, **overrides: Any,
 ) -> Trainer:  # fmt: skip
-    """A trainer over the tiny model; ``folder`` None writes nothing. ``overrides`` are training options."""
+    """A trainer over the tiny model; ``folder`` None writes nothing. ``adapter``: adapter options, the method among
+    them; ``overrides`` are training options.
+    """
     options = tiny_options(folder or "unused", **overrides)
-    model = tiny_model()
+    model = model or tiny_model()
     adapter_options = AdapterOptions(**{"lora_r": 4, "lora_dropout": 0.1, **(adapter or {})})
-    lora = Lora.attach(model, adapter_options, seed=options.seed)
+    method = method_class(adapter_options.method).attach(
+        model, adapter_options, seed=options.seed, encode_text=lambda text: list(text.encode())
+    )
     saver = log = None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         saver = Saver(
             CheckpointStore(folder, keep=options.save_total_limit),
-            write_adapter=lambda where: save_adapter(where, lora, allow_untrained=True) and None,
+            write_adapter=lambda where: save_adapter(where, method, allow_untrained=True) and None,
             say=say, retry_seconds=0,
         )  # fmt: skip
         log = MetricsLog(folder / "metrics.jsonl", lines=resume.log_lines() if resume else (), say=say)
     trainer = Trainer(
-        model, lora, TinyBatches(table(), **{"seed": options.seed, **(batches or {})}), causal_lm_loss, options,
+        model, method, TinyBatches(table(), **{"seed": options.seed, **(batches or {})}), causal_lm_loss, options,
         val_loader=TinyBatches(table((9, 4, 14), seed=1)) if validation else None,
         identity=RunIdentity(config={"seed": options.seed}), saver=saver, log=log, signals=signals,
     )  # fmt: skip

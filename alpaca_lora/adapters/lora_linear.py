@@ -1,0 +1,114 @@
+"""One linear with a low-rank update beside it: y = x W^T + b + s drop(x) A^T B^T."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from alpaca_lora.adapters.linear_adapter import AdaptedLinear, base_weight, seeded
+from alpaca_lora.kernels.dropout import DropoutKey
+from alpaca_lora.kernels.lora import lora_add
+from alpaca_lora.models.linear import project
+
+
+@dataclass(slots=True)
+class DropoutRows:
+    """Shared by all linears of one adapter: whose rows are in the stream. keys_T int32; None means no dropout.
+
+    automatic: nobody calls set_rows (somebody's own loop), so a layer that is in training mode draws keys itself, from
+    torch's generator.
+    """
+
+    p: float
+    keys_T: torch.Tensor | None = None
+    automatic: bool = False
+
+    def key(self, x_TD: torch.Tensor, salt: int, training: bool) -> DropoutKey | None:
+        """How to draw the mask of the input x; None outside of training."""
+        keys_T = self.keys_T
+        if keys_T is None and self.automatic and training and self.p:
+            keys_T = torch.randint(-(2**31), 2**31, x_TD.shape[:1], dtype=torch.int32, device=x_TD.device)
+        if keys_T is None or self.p == 0:
+            return None
+        if keys_T.shape[0] != x_TD.shape[0]:
+            raise ValueError(
+                f"dropout has keys for {keys_T.shape[0]} rows, the input has {x_TD.shape[0]}: call set_rows"
+            )
+        return DropoutKey(keys_T, self.p, salt)
+
+
+class LoRALinear(AdaptedLinear):
+    """lora_A (R, in), lora_B (out, R): float32 whatever the base is stored in. ``salt`` keys this input's dropout."""
+
+    suffixes: ClassVar[Mapping[str, str]] = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
+    constant: tuple[torch.Tensor, torch.Tensor] | None = None  # a pair that is added too and never trained (PiSSA)
+
+    def __init__(
+        self, base: nn.Module, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float, rows: DropoutRows, salt: int
+    ) -> None:
+        super().__init__(base)
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self.scale, self.rows, self.salt = scale, rows, salt
+
+    @staticmethod
+    def project_together(x: torch.Tensor, linears: Sequence[nn.Module]) -> tuple[torch.Tensor, ...]:
+        """Outputs of linears that share the input x (..., in), adapted or not: one dropout mask, one product x A^T."""
+        x_TD = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        outputs = project(x_TD, [one.base if isinstance(one, LoRALinear) else one for one in linears])
+        adapted = [one for one in linears if isinstance(one, LoRALinear)]
+        if x_TD.dtype != outputs[0].dtype:  # torch's autocast, in somebody's own loop
+            x_TD = x_TD.to(outputs[0].dtype)
+        # one pass for each adapter that is in the group: two adapters may drop differently
+        for rows in {id(one.rows): one.rows for one in adapted}.values():
+            group = [one if isinstance(one, LoRALinear) and one.rows is rows else None for one in linears]
+            first = next(one for one in group if one is not None)
+            outputs = lora_add(
+                outputs, x_TD,
+                [None if one is None else one.down() for one in group],
+                [None if one is None else one.lora_B for one in group],
+                [0.0 if one is None else one.scale for one in group],
+                rows.key(x_TD, first.salt, first.training),
+                [None if one is None else one.constant for one in group],
+            )  # fmt: skip
+        outputs = [one.finish(y) if isinstance(one, LoRALinear) else y for one, y in zip(linears, outputs, strict=True)]
+        return tuple(outputs) if x.ndim == 2 else tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+    def down(self) -> torch.Tensor | None:
+        """What x is multiplied by (R, in): lora_A, or what a relative makes of it; None where nothing is added."""
+        return self.lora_A
+
+    def finish(self, z_TO: torch.Tensor) -> torch.Tensor:
+        """What a relative of LoRA does to the sum of base and update (DoRA's magnitude)."""
+        return z_TO
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A, B) whose product over s is the whole update, outside of autograd."""
+        return self.lora_A.detach(), self.lora_B.detach()
+
+    def merged_weight(self) -> torch.Tensor:
+        """W + s B A (out, in) in float32, outside of autograd."""
+        with torch.no_grad():
+            return torch.addmm(base_weight(self.base).float(), self.lora_B, self.lora_A, alpha=self.scale)
+
+    def change(self) -> float:
+        """Norm of lora_B, which starts at zero."""
+        return float(self.lora_B.detach().norm())
+
+    def extra_repr(self) -> str:
+        return f"rank={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.rows.p:g}"
+
+
+def initial_A(seed: int, name: str, rank: int, in_features: int) -> torch.Tensor:
+    """(R, in) float32 for module `name`: kaiming_uniform with a = sqrt(5), that is U(-b, b) with b = 1 / sqrt(in)."""
+    bound = in_features**-0.5
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=seeded(seed, "lora_A", name))
+
+
+def salt_of(name: str) -> int:
+    """What tells the dropout of module ``name`` from the others'."""
+    return int.from_bytes(hashlib.sha256(f"dropout\0{name}".encode()).digest()[:4], "little") >> 1
