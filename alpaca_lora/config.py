@@ -70,6 +70,10 @@ class Options(BaseModel):
             _refuse_unusable(key, value)
         return split
 
+    def unused(self) -> dict[str, str]:
+        """Key -> why it has no effect beside the other values. Given as a flag it is an error, in a file it is said."""
+        return {}
+
 
 def _refuse_unusable(key: str, value: Any) -> None:
     """What no field can use, whatever its type: no room has to think of these."""
@@ -93,6 +97,7 @@ class Resolved(Generic[T]):
     value: T
     origins: dict[str, str]
     command: str
+    notices: tuple[str, ...] = ()  # what to tell the user
 
     def to_yaml(self) -> str:
         """The configuration as a file that `resolve` reads back to the same values; origins stand as comments."""
@@ -133,13 +138,27 @@ def resolve(schema: type[T], argv: Sequence[str], command: str) -> Resolved[T]:
             values.pop(key, None)
             origins[key] = "problem"
     value = _validate(schema, values, origins, problems)
+    unused = value.unused() if value is not None else {}
+    for key, why in unused.items():
+        if origins[key] == "flag":
+            problems.append(ConfigError(f"has no effect: {why}", field=f"--{key}", fix="leave it out"))
     if problems:
         raise _one_error(problems)
     assert value is not None
+    in_file = {key: why for key, why in unused.items() if origins[key] not in (DEFAULT, "flag")}
     for key, origin in origins.items():
         if origin == DEFAULT and getattr(value, key) != schema.model_fields[key].get_default(call_default_factory=True):
             origins[key] = OTHER_DEFAULT
-    return Resolved(value, origins, command)
+    return Resolved(value, origins, command, _notices(in_file, str(config_path)))
+
+
+def _notices(unused: Mapping[str, str], file: str) -> tuple[str, ...]:
+    """One line for each reason for which keys of the file have no effect."""
+    reasons = dict.fromkeys(unused.values())
+    return tuple(
+        f"{file}: without effect, because {why}: {', '.join(key for key in unused if unused[key] == why)}"
+        for why in reasons
+    )
 
 
 def keys_of(schema: type[Options]) -> list[str]:

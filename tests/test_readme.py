@@ -251,6 +251,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ("../shared/data/alpaca_data.json", "examples/shop/shop_train.json"):
         (place / name).parent.mkdir(parents=True)
         (place / name).write_text(json.dumps(rows))
+    (root / "shared/data/sst2").mkdir()
+    for name, count in (("train", 24), ("dev", 8)):
+        lines = [f"{'good' if i % 2 else 'bad'} film {name} {i}\t{i % 2}\n" for i in range(count)]
+        (root / f"shared/data/sst2/{name}.tsv").write_text("".join(lines))
     for block in blocks(CHECKOUT / "docs/text.md"):
         if block.language == "yaml":
             (place / block.text.split()[1]).write_text(block.text)

@@ -59,7 +59,7 @@ class DoRALinear(LoRALinear):
             self._kept = None
         elif self._kept is not None and self._kept[0] == versions:
             return self._kept[1]
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may be asked for outside of inference mode
             inverse_O = self.squares()[0].clamp_min_(TINY).rsqrt_()
         if announced:
             self._kept = versions, inverse_O
@@ -101,7 +101,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def changes(self) -> tuple[float, float]:
-        """Means over rows of |m - ||W||| / ||W|| and of 1 - cos(V, W): how far magnitude and direction went (section 3.2)."""
+        """Means over rows of |m - ||W||| / ||W|| and of 1 - cos(V, W): how far magnitude and direction went."""
         square_O, along_O, update_O = (x.double() for x in self.squares())
         start_O = self._base_norm().double().clamp_min(TINY**0.5)
         magnitude = ((self.magnitude - start_O).abs() / start_O).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -10,6 +11,21 @@ from alpaca_lora.config import Options
 
 Method = Literal["lora", "dora", "pissa", "adalora", "ia3", "prefix", "prompt", "freeze", "bitfit", "full"]
 DEFAULT_TEXT = "Below is an instruction that describes a task. Write a response that completes the request."
+LOW_RANK = frozenset(("lora", "dora", "pissa", "adalora"))
+VIRTUAL = frozenset(("prefix", "prompt"))
+# Which methods read a key; one that no method below reads is read by all.
+READ_BY: Mapping[str, frozenset[str]] = {
+    "lora_r": LOW_RANK, "lora_alpha": LOW_RANK, "lora_dropout": LOW_RANK, "lora_target_modules": LOW_RANK | {"ia3"},
+    "use_rslora": LOW_RANK, "lora_plus_ratio": LOW_RANK, "rank_pattern": LOW_RANK, "alpha_pattern": LOW_RANK,
+    "layers_to_transform": LOW_RANK | {"ia3"}, "modules_to_save": LOW_RANK | VIRTUAL | {"ia3"},
+    "adalora_init_r": frozenset(("adalora",)), "adalora_tinit": frozenset(("adalora",)),
+    "adalora_tfinal": frozenset(("adalora",)), "adalora_delta_t": frozenset(("adalora",)),
+    "adalora_beta1": frozenset(("adalora",)), "adalora_beta2": frozenset(("adalora",)),
+    "adalora_orth_weight": frozenset(("adalora",)), "num_virtual_tokens": VIRTUAL, "virtual_tokens_text": VIRTUAL,
+    "prefix_projection": frozenset(("prefix",)), "prefix_hidden_size": frozenset(("prefix",)),
+    "ia3_feedforward_modules": frozenset(("ia3",)), "train_last_layers": frozenset(("freeze",)),
+    "trained_modules": frozenset(("freeze",)), "bitfit_parts": frozenset(("bitfit",)),
+}  # fmt: skip
 
 
 class AdapterOptions(Options):

@@ -55,7 +55,8 @@ def token_table(job: Job) -> Table:
         ("EOS", f"{token(tokenizer.eos_id)}{' (also the padding token)' if _pad_is_eos(job) else ''}"),
     ]
     if job.config.task == "classification":
-        lines += [("template", "none: the text as it is"), ("learned", f"one label of {len(job.prepared.labels)} a row")]
+        learned = f"a label for each row, of {len(job.prepared.labels)}"
+        lines += [("template", "none: the text as it is"), ("learned", learned)]
     else:
         learned = "prompts and answers" if job.config.train_on_inputs else f"answers ({job.config.train_on_turns})"
         lines += [
@@ -94,8 +95,10 @@ def facts(job: Job) -> dict[str, Any]:
     """All that the memory and the speed of a step depend on."""
     config = job.config
     batch = longest_batch(job.prepared.train, config.micro_batch_size * config.cutoff_len, config.batch_size)
+    trained = [(name, tuple(p.shape), str(p.dtype)) for name, p in job.adapter.trained_parameters()]
     return {
-        "base": job.base.fingerprint, "adapter": job.adapter.config, "lengths": list(batch.lengths),
+        "base": job.base.fingerprint, "method": config.method, "trained": trained, "adapter": job.adapter.config,
+        "lengths": list(batch.lengths),
         "labels": batch.num_supervised, "gradient_checkpointing": config.gradient_checkpointing,
         "machine": [platform.node(), platform.processor(), str(job.compute.device), job.compute.num_threads],
         "reason": job.compute.reason, "torch": torch.__version__, "version": __version__,

@@ -17,6 +17,8 @@ from alpaca_lora.training.signals import Interrupted, SignalFlag
 def run(config: CheckConfig, *, resolved: Resolved[CheckConfig], console: Console) -> dict[str, Any]:
     """Returns train_rows val_rows steps tokens_per_second needed_memory_bytes estimated_seconds ..., see `audit`."""
     console.print(dump(resolved))
+    for notice in resolved.notices:
+        console.print(notice, markup=False, highlight=False, soft_wrap=True)
     with SignalFlag() as signals:
         try:
             return audit(assemble(config, console, signals), console, signals, measure_anew=True)

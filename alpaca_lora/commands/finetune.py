@@ -38,6 +38,8 @@ def run(config: FinetuneConfig, *, resolved: Resolved[FinetuneConfig], console: 
     started = time.perf_counter()
     say = speaker(console)
     console.print(dump(resolved))
+    for notice in resolved.notices:
+        console.print(notice, markup=False, highlight=False, soft_wrap=True)
     folder = RunFolder(Path(config.output_dir), say)
     with SignalFlag() as signals, RunLock(folder.path) as lock:
         if lock.taken_over:

@@ -103,9 +103,12 @@ def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> J
     for message in _context_notes(base, prepared):
         say(message)
     loss, judge = _loss(config, prepared)
+    loader = _loader(config, prepared.train)
+    # here and not only by the trainer: a schedule that cannot be is refused before anything is measured or moved
+    adapter.begin(total_steps(config.num_epochs, config.max_steps, loader.steps_per_epoch))
     return Job(
         config, compute, base, template, prepared, adapter,
-        loader=_loader(config, prepared.train), val_loader=_loader(config, prepared.val) if prepared.val else None,
+        loader=loader, val_loader=_loader(config, prepared.val) if prepared.val else None,
         loss=loss, judge=judge,
     )  # fmt: skip
 

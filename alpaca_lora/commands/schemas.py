@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from alpaca_lora.adapters.options import AdapterOptions
+from alpaca_lora.adapters.options import READ_BY, AdapterOptions
 from alpaca_lora.config import Options
 from alpaca_lora.data.options import DataOptions
 from alpaca_lora.inference.options import GenerationOptions
@@ -30,6 +30,11 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+OF_GENERATION = (
+    "prompt_template_name", "system_prompt", "train_on_inputs", "train_on_turns", "num_sample_answers"
+)  # fmt: skip
+
+
 class FinetuneConfig(ModelOptions, DataOptions, TextOptions, AdapterOptions, TrainingOptions):
     """Everything a training run depends on."""
 
@@ -40,6 +45,20 @@ class FinetuneConfig(ModelOptions, DataOptions, TextOptions, AdapterOptions, Tra
             return data
         method = data.get("method")
         return {**(METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}), **data}
+
+    def unused(self) -> dict[str, str]:
+        why = {key: f"method {self.method} does not read it" for key, by in READ_BY.items() if self.method not in by}
+        if self.method == "freeze" and self.trained_modules:
+            why["train_last_layers"] = "trained_modules says what is trained"
+        if not self.prefix_projection:
+            why.setdefault("prefix_hidden_size", "prefix_projection is false")
+        if self.task == "classification":
+            why |= dict.fromkeys(OF_GENERATION, "task classification does not read it")
+        else:
+            why["class_weights"] = "task generation does not read it"
+        if not self.val_data_path and not self.val_set_size:
+            why["early_stopping_patience"] = "there are no validation rows"
+        return why
 
 
 class CheckConfig(FinetuneConfig):

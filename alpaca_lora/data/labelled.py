@@ -306,10 +306,12 @@ def _unnamed(text: int, label: int) -> Columns:
 
 
 def _fewer_values(head: Sequence[list[str]]) -> tuple[int, int]:
-    """(text, label) of two columns: labels repeat themselves, and are short."""
+    """(text, label) of two columns: labels repeat themselves, or are much shorter; the second where neither tells."""
     values = [{row[column].strip() for row in head} for column in (0, 1)]
-    sizes = [(len(words), sum(map(len, words)) / len(words)) for words in values]
-    return (1, 0) if sizes[0] < sizes[1] else (0, 1)
+    counts = [len(words) for words in values]
+    lengths = [sum(map(len, words)) / len(words) for words in values]
+    first = counts[0] < counts[1] or (counts[0] == counts[1] and 2 * lengths[0] < lengths[1])
+    return (1, 0) if first else (0, 1)
 
 
 @dataclass

@@ -129,6 +129,17 @@ def test_the_norm_is_kept_for_decoding_and_never_stale(options: Make) -> None:
     assert layer.base.asked == asked + 1
 
 
+def test_what_inference_mode_kept_serves_outside_of_it() -> None:
+    layer = make_layer(3, 10, 2.0, DropoutRows(0.0)).requires_grad_(False)
+    x = torch.randn(2, 13)
+    with torch.inference_mode():
+        inside = layer(x)
+    x.requires_grad_()
+    outside = layer(x)
+    outside.sum().backward()
+    assert x.grad is not None and torch.equal(inside, outside.detach())
+
+
 def test_set_rows_and_loading_drop_what_was_kept(options: Make) -> None:
     model = tiny_model()
     adapter = Dora.attach(model, options(), seed=0)

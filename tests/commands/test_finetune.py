@@ -122,7 +122,7 @@ def test_a_report_that_fails_does_not_fail_the_run(
     def full(*_: object) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr("alpaca_lora.commands.finetune.write_report", full)
+    monkeypatch.setattr("alpaca_lora.commands.run_report.write_report", full)
     code, _, shown = finetune(tmp_path / "out")
     assert code == 0 and "report.html was not written: OSError: no room" in shown
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 
+from alpaca_lora.adapters.base import METHODS
+from alpaca_lora.adapters.options import READ_BY, AdapterOptions
 from alpaca_lora.cli import COMMANDS
-from alpaca_lora.commands.schemas import SCHEMAS, FinetuneConfig, GenerateConfig, MergeConfig
+from alpaca_lora.commands.schemas import METHOD_DEFAULTS, SCHEMAS, FinetuneConfig, GenerateConfig, MergeConfig
 from alpaca_lora.config import Options, resolve
+from alpaca_lora.errors import ConfigError
 from tests.package_files import CHECKOUT
 
 # the reference system's keys keep their names
@@ -49,7 +53,7 @@ def test_the_reference_recipe_is_read_as_it_stands() -> None:
     assert (value.lora_r, value.lora_alpha, value.lora_dropout) == (8, 16, 0.05)
     assert value.lora_target_modules == ["q_proj", "v_proj"]
     assert value.train_on_inputs and value.group_by_length
-    assert sum(origin.startswith(str(path)) for origin in resolved.origins.values()) == 15
+    assert sum(origin.startswith(str(path)) for origin in resolved.origins.values()) == 13
 
 
 def test_the_reference_flags_are_read_as_they_are_written() -> None:
@@ -72,3 +76,39 @@ def test_merge_describes_its_dtype_and_changes_nothing_else_of_it() -> None:
     mine, models = MergeConfig.model_fields["dtype"], GenerateConfig.model_fields["dtype"]
     assert (mine.annotation, mine.default) == (models.annotation, models.default)
     assert "merged weights" in str(mine.description) and mine.description != models.description
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("--method prefix --lora_r 4", "--lora_r"), ("--num_virtual_tokens 4", "--num_virtual_tokens"),
+        ("--method freeze --trained_modules norm --train_last_layers 1", "--train_last_layers"),
+        ("--class_weights balanced", "--class_weights"), ("--prefix_hidden_size 8", "--prefix_hidden_size"),
+        ("--task classification --prompt_template_name alpaca", "--prompt_template_name"),
+        ("--val_set_size 0 --early_stopping_patience 2", "--early_stopping_patience"),
+    ],
+)  # fmt: skip
+def test_a_flag_without_effect_is_refused(words: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: has no effect: "):
+        resolve(FinetuneConfig, ["--base_model", "b", "--data_path", "d", *words.split()], "finetune")
+
+
+def test_a_key_of_a_file_without_effect_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "c.yml"
+    path.write_text("base_model: b\ndata_path: d\nlora_r: 4\nlora_alpha: 8\n")
+    assert resolve(FinetuneConfig, ["--config", str(path)], "finetune").notices == ()
+    resolved = resolve(FinetuneConfig, ["--config", str(path), "--method", "prefix"], "finetune")
+    assert resolved.notices == (f"{path}: without effect, because method prefix does not read it: lora_r, lora_alpha",)
+
+
+def test_every_key_of_the_adapter_is_read_by_some_method_and_only_such() -> None:
+    assert set(READ_BY) == set(AdapterOptions.model_fields) - {"method"}
+    assert {method for readers in READ_BY.values() for method in readers} | {"full"} == set(METHODS)
+
+
+def test_a_method_has_its_own_defaults_and_the_user_wins() -> None:
+    words = ["--base_model", "b", "--data_path", "d", "--method", "prefix"]
+    resolved = resolve(FinetuneConfig, words, "finetune")
+    assert resolved.value.learning_rate == METHOD_DEFAULTS["prefix"]["learning_rate"] != 3e-4
+    assert resolved.origins["learning_rate"] == "default of this method"
+    assert resolve(FinetuneConfig, [*words, "--learning_rate", "0.5"], "finetune").value.learning_rate == 0.5

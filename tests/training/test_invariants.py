@@ -75,9 +75,8 @@ def is_same(one: Trajectory, other: Trajectory) -> bool:
 
 
 def trained(case: dict[str, Any], **changes: Any) -> Trajectory:
-    trainer = tiny_trainer(
-        adapter=case, max_steps=STEPS, eval_steps=100, validation=False, adam_epsilon=1e-3, learning_rate=5e-3, **changes
-    )
+    settings = {"max_steps": STEPS, "validation": False, "adam_epsilon": 1e-3, "learning_rate": 5e-3}
+    trainer = tiny_trainer(adapter=case, **settings, **changes)
     trainer.train()
     return Trajectory.of(trainer)
 
