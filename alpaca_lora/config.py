@@ -28,7 +28,7 @@ from alpaca_lora.yaml_reader import read_yaml, resolve_scalar
 
 CONFIG_KEY = "config"
 DEFAULT = "default"  # where a value came from that nobody gave
-OTHER_DEFAULT = "default of this method"  # a command may default otherwise where another key says so
+OTHER_DEFAULT = "default of this method or task"  # a command may default otherwise where another key says so
 # what YAML cannot hold, and the line breaks of Unicode that it folds into a space
 _UNSAFE = re.compile(Reader.NON_PRINTABLE.pattern + "|[\x85\u2028\u2029\ufeff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")

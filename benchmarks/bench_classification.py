@@ -31,7 +31,7 @@ RUNS: dict[str, list[str]] = {
     "freeze, last 2 layers": ["--method", "freeze"],
     "head only": ["--method", "freeze", "--train_last_layers", "0", "--learning_rate", "1e-2"],
     "pissa": ["--method", "pissa"],
-    "ia3": ["--method", "ia3"],
+    "ia3": ["--method", "ia3", "--lora_target_modules", "k_proj,v_proj,down_proj"],
     "prompt": ["--method", "prompt"],
     "bitfit": ["--method", "bitfit"],
     "full": ["--method", "full"],

@@ -53,6 +53,8 @@ LORA = (
 def rows_file(folder: Path, data: Path, train: int, val: int) -> tuple[Path, Path]:
     """The first rows of the data, evenly taken, that train and those that validate."""
     rows = json.loads(data.read_text(encoding="utf-8"))
+    if len(rows) < train + val:
+        sys.exit(f"{data}: {len(rows)} rows, {train + val} are needed")
     chosen = rows[:: len(rows) // (train + val)][: train + val]
     paths = folder / "train.json", folder / "val.json"
     paths[0].write_text(json.dumps(chosen[val:]), encoding="utf-8")
@@ -122,8 +124,11 @@ def main() -> None:
         for method in arguments.methods:
             flags, rates = RUNS[method]
             for rate in arguments.rates or rates:
-                settings = {"run": method, "flags": flags, "rate": rate, "steps": arguments.steps}
-                before = [one for one in known() if all(one.get(key) == value for key, value in settings.items())]
+                settings = {
+                    "run": method, "flags": flags, "rate": rate, "steps": arguments.steps, "base": BASE, "lora": LORA,
+                    "data": arguments.data.name,
+                }  # fmt: skip
+                before = [one for one in known() if settings.items() <= one.items() and "failed" not in one]
                 if before:
                     results.append(before[-1])
                     continue

@@ -273,7 +273,7 @@ def small(words: list[str]) -> list[str]:
         flag = f"--{key}"
         if flag in result:
             result[result.index(flag) + 1] = value
-        elif key in known:
+        elif key in known and not (key == "num_sample_answers" and "configs/classify.yml" in words):
             result += [flag, value]
     return result
 

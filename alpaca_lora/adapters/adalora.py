@@ -18,7 +18,7 @@ from alpaca_lora.adapters import adalora_config
 from alpaca_lora.adapters.adalora_linear import AdaLoRALinear, deviation, initial_triplets
 from alpaca_lora.adapters.base import EncodeText, Kept
 from alpaca_lora.adapters.linear_adapter import PEFT_PREFIX, AdaptedLinear, device_of, features
-from alpaca_lora.adapters.lora import Lora, effective_rank
+from alpaca_lora.adapters.lora import Lora, rank_line
 from alpaca_lora.adapters.lora_config import Setting
 from alpaca_lora.adapters.lora_linear import DropoutRows
 from alpaca_lora.adapters.options import AdapterOptions
@@ -103,6 +103,7 @@ class AdaLora(Lora):
 
     def begin(self, total_steps: int) -> None:
         """Plan the phases of a run of ``total_steps``. ConfigError when they do not fit into it."""
+        super().begin(total_steps)
         if self._has_final_ranks():
             return  # an adapter that was loaded: its ranks are what they are
         tinit, tfinal = adalora_config.phases(*self.phases, self.config["deltaT"], total_steps)
@@ -124,8 +125,9 @@ class AdaLora(Lora):
 
     def after_step(self, step: int) -> Mapping[str, Kept]:
         """Importance, and the masks where they are due; the pruned values become zero. What shrinks, when the budget
-        is final.
+        is final. NumericalError when something of a module had never moved by then.
         """
+        super().after_step(step)
         self.step, self._news = step + 1, {}
         if self._has_final_ranks():
             return {}
@@ -145,6 +147,7 @@ class AdaLora(Lora):
         self._news = {name: rank for name, rank in self.ranks().items() if step == 0 or rank != before[name]}
         if self.step < self.allocator.schedule.final:
             return {}
+        super().check_acted()  # now: what is left afterwards cannot be compared with the start
         self._fix_ranks()
         return self._kept()
 
@@ -247,14 +250,15 @@ class AdaLora(Lora):
         return record
 
     def check_acted(self) -> None:
-        """NumericalError when the budget was not reached, or what was pruned is still there."""
+        """As `Lora.check_acted`; NumericalError when the budget was not reached, or what was pruned is still there."""
+        super().check_acted()
         if self.allocator is None and self._has_final_ranks():
             return
         if self.allocator is None or not self._has_final_ranks():
             final = self.allocator.schedule.final if self.allocator else None
             raise NumericalError(
                 f"AdaLoRA's ranks are not final: {self.step} steps were taken, the last pruning is at step {final}",
-                fix="train to the end: without early stopping, or with a larger adalora_tfinal",
+                fix="let the run go to its last step: the schedule was planned for all of them",
             )
         schedule, held = self.allocator.schedule, sum(layer.rank for layer in self.layers.values())
         planned = sum(self.ranks().values())
@@ -268,11 +272,10 @@ class AdaLora(Lora):
         """Budget reached, ranks, and the mean effective rank of the modules that still have one."""
         ranks = [layer.rank for layer in self.layers.values()]
         count, initial = len(ranks), self.config["init_r"]
-        effective = [effective_rank(layer) for layer in self.layers.values() if layer.rank]
         lines = [
             ("budget", f"{sum(ranks)} triplets left of {initial * count}, {self.config['target_r'] * count} planned"),
             ("ranks", f"{min(ranks)} to {max(ranks)} from {initial}, mean {sum(ranks) / count:.1f}"),
         ]
-        if effective:
-            lines.append(("effective rank", f"{sum(effective) / len(effective):.1f}, mean over modules with a rank"))
+        if left := [layer for layer in self.layers.values() if layer.rank]:
+            lines.append(("effective rank", f"{rank_line(left)} with a rank"))
         return lines

@@ -36,10 +36,10 @@ class AdaLoRALinear(LoRALinear):
         return self.lora_E.shape[0]
 
     def down(self) -> torch.Tensor | None:
-        """diag(E) A (R, in), through which E and A get their gradients; kept while nothing is trained."""
+        """diag(E) A (R, in), through which E and A get their gradients; kept of an adapter that is used only."""
         if self.rank == 0:
             return None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.lora_A.requires_grad or self.lora_E.requires_grad:
             return self.lora_E * self.lora_A
         made_of = (self.lora_A.data_ptr(), self.lora_E.data_ptr(), self.lora_A._version, self.lora_E._version)
         if self._scaled is None or self._scaled[0] != made_of:
@@ -47,7 +47,7 @@ class AdaLoRALinear(LoRALinear):
         return self._scaled[1]
 
     def weights_changed(self) -> None:
-        self._scaled = None  # the optimizer writes to the buffer below, which no version counts
+        self._scaled = None
 
     def triplets(self) -> Triplets:
         """The weights as they are, outside of autograd."""
@@ -65,12 +65,6 @@ class AdaLoRALinear(LoRALinear):
         """W + s B diag(E) A (out, in) in float32, outside of autograd."""
         a, b = self.factors()
         return torch.addmm(base_weight(self.base).detach().float(), b, a, alpha=self.scale)
-
-    def change(self) -> float:
-        """Norm of the update s B diag(E) A, which starts at zero; from R x R products."""
-        a, b = (factor.double() for factor in self.factors())
-        square = ((b.t() @ b) * (a @ a.t())).sum()
-        return self.scale * float(square.clamp_min(0).sqrt())
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.rows.p:g}"

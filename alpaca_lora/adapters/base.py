@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import nn
 
-from alpaca_lora.errors import AdapterError, ConfigError, nearest
+from alpaca_lora.adapters.movement import Movement
+from alpaca_lora.errors import AdapterError, ConfigError, NumericalError, nearest
 
 if TYPE_CHECKING:
     from alpaca_lora.adapters.whole_modules import WholeModules
@@ -49,6 +50,8 @@ class Adapter(ABC):
 
     config: PEFT's adapter_config.json keys. messages: what the user should be told, for example a rank larger than the
     weight's own. whole: modules that are trained wholly beside the method (modules_to_save, a classification head).
+    movement: from `begin` on, where the trained parts started. num_trained: parameters trained then; a method may
+    shrink.
     """
 
     method: ClassVar[str]
@@ -59,6 +62,8 @@ class Adapter(ABC):
         self, model: nn.Module, config: dict[str, Any], messages: list[str], whole: WholeModules | None = None
     ) -> None:
         self.model, self.config, self.messages, self.whole = model, config, messages, whole
+        self.movement: Movement | None = None
+        self.num_trained = 0
 
     # ---- what a method has to say
 
@@ -155,6 +160,10 @@ class Adapter(ABC):
         """Norm of each module's change since the start; all zero means the method did not act."""
         return self._moved() | (self.whole.moved() if self.whole is not None else {})
 
+    def parts(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """(module, part of it, parameter) of the method itself: A, B and so on apart."""
+        return ((self.method, key, parameter) for key, parameter in self._parameters())
+
     # ---- what a method may do in training
 
     def set_rows(self, row_keys_T: torch.Tensor | None) -> None:  # noqa: B027
@@ -163,8 +172,12 @@ class Adapter(ABC):
         Also the sign that weights may have changed since the last forward.
         """
 
-    def begin(self, total_steps: int) -> None:  # noqa: B027
-        """Called once before the first step of a run of ``total_steps``. ConfigError when it is too short."""
+    def begin(self, total_steps: int) -> None:
+        """Called before the first step of a run of ``total_steps``: what is compared with in the end starts here.
+        ConfigError when the run is too short.
+        """
+        self.movement = Movement(self.parts())
+        self.num_trained = sum(parameter.numel() for _, parameter in self.trained_parameters())
 
     def penalty(self) -> torch.Tensor | None:
         """A scalar added to the loss once per optimizer step (AdaLoRA's orthogonality); None: nothing."""
@@ -174,6 +187,8 @@ class Adapter(ABC):
         """Called after optimizer step ``step`` (from 0), its gradients still there. Returns what shrinks for good:
         parameter name -> what stays; the optimizer does it.
         """
+        if self.movement is not None:
+            self.movement.note(self.parts())
         return {}
 
     def learning_rate_ratio(self, name: str) -> float:
@@ -198,8 +213,15 @@ class Adapter(ABC):
         """What the step's line in the log says of the method besides the loss."""
         return {}
 
-    def check_acted(self) -> None:  # noqa: B027
-        """NumericalError when the method did not do what it is for; that modules moved is checked apart from it."""
+    def check_acted(self) -> None:
+        """NumericalError when the method did not do what it is for: here, when a part of a module (lora_A, a network's
+        weight) stood still while others moved. That modules moved at all is checked apart from it.
+        """
+        for part, modules in (self.movement.stuck(self.parts()) if self.movement is not None else {}).items():
+            raise NumericalError(
+                f"{part} did not move in {len(modules)} modules whose other parts did: {', '.join(modules[:5])}",
+                fix="check that the learning rate is not negligible",
+            )
 
     def facts(self) -> list[tuple[str, str]]:
         """(name, value) lines of the method report: budget reached, effective rank and so on."""

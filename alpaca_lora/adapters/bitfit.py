@@ -24,6 +24,10 @@ class BitFit(Freeze):
     method = "bitfit"
 
     @classmethod
+    def _field(cls, options: Any) -> str:
+        return "bitfit_parts"
+
+    @classmethod
     def _chosen(cls, model: nn.Module, options: Any, messages: list[str]) -> tuple[list[str], list[str]]:
         parts, biases = options.bitfit_parts, bias_names(model)
         norms = [name for name, module in model.named_modules() if isinstance(module, NORMS)]

@@ -50,19 +50,19 @@ class DoRALinear(LoRALinear):
     def inverse_norm(self) -> torch.Tensor:
         """1 / ||W + s B A|| of each row (out,), float32, a constant.
 
-        Kept until `weights_changed`: a checkpointed layer that runs again in the backward pass, and every token of a
-        decoded text, pays nothing. Training without `set_rows`, in somebody's own loop, computes it each time.
+        Kept where nobody changes the factors unseen: they are not trained (every token of a decoded text pays nothing),
+        or our trainer says by `set_rows` when they change (a checkpointed layer that runs again in the backward pass
+        pays nothing). In somebody's own loop it is computed each time: a write through ``.data`` leaves no trace.
         """
-        announced = self.rows.keys_T is not None or not (torch.is_grad_enabled() and self.lora_B.requires_grad)
+        rows, trained = self.rows, self.lora_A.requires_grad or self.lora_B.requires_grad
+        told = rows.keys_T is not None or (rows.announced and not torch.is_grad_enabled())
+        keeps = not rows.automatic and (told or not trained)
         versions = _version(self.lora_A), _version(self.lora_B)
-        if not announced:
-            self._kept = None
-        elif self._kept is not None and self._kept[0] == versions:
+        if keeps and self._kept is not None and self._kept[0] == versions:
             return self._kept[1]
         with torch.inference_mode(False), torch.no_grad():  # what is kept may be asked for outside of inference mode
             inverse_O = self.squares()[0].clamp_min_(TINY).rsqrt_()
-        if announced:
-            self._kept = versions, inverse_O
+        self._kept = (versions, inverse_O) if keeps else None
         return inverse_O
 
     @torch.no_grad()
@@ -144,7 +144,10 @@ class Dora(Lora):
         return {**super()._shapes(base, setting), MAGNITUDE: (features(base)[1],)}
 
     def check_acted(self) -> None:
-        """NumericalError when a module's magnitude or its direction stood still: that would be LoRA, or a scaling."""
+        """As `Lora.check_acted`; NumericalError when a module's magnitude or its direction stood still: that would be
+        LoRA, or a scaling.
+        """
+        super().check_acted()
         for what, still in (
             ("magnitude", [name for name, layer in self.layers.items() if not _magnitude_moved(layer)]),
             ("direction", [name for name, layer in self.layers.items() if not bool(layer.lora_B.any())]),

@@ -8,6 +8,7 @@ PEFT keeps such an adapter as a LORA file without targets: modules_to_save and b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import Any, Self
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from alpaca_lora.adapters.base import Adapter, EncodeText
-from alpaca_lora.adapters.linear_adapter import AdaptedLinear
+from alpaca_lora.adapters.linear_adapter import check_free
 from alpaca_lora.adapters.lora_config import DEFAULTS, NO_TARGETS, check_config
 from alpaca_lora.adapters.targets import HEAD_OF_CLASSES, find_modules, task_type
 from alpaca_lora.adapters.whole_modules import HEAD, WholeModules, embedding_name, is_tied, matching
@@ -39,11 +40,11 @@ class Freeze(Adapter):
         Raises ConfigError: a module that does not exist, more layers than there are. AdapterError: the model carries
         an adapter already.
         """
-        _check_free(model)
+        check_free(model)
         messages: list[str] = []
         names, parameters = cls._chosen(model, options, messages)
         model.requires_grad_(False)
-        whole = WholeModules.train(model, names, parameters)
+        whole = WholeModules.train(model, names, parameters, field=cls._field(options))
         config = {
             **DEFAULTS,
             "bias": "all" if parameters else "none",
@@ -52,6 +53,11 @@ class Freeze(Adapter):
             **whole.config_keys(),
         }
         return cls(model, config, messages, whole)
+
+    @classmethod
+    def _field(cls, options: Any) -> str:
+        """The option that says what is trained."""
+        return "trained_modules" if options.trained_modules else "train_last_layers"
 
     @classmethod
     def _chosen(cls, model: nn.Module, options: Any, messages: list[str]) -> tuple[list[str], list[str]]:
@@ -95,7 +101,7 @@ class Freeze(Adapter):
         file: str | PathLike[str],
     ) -> Self:  # fmt: skip
         """Put saved modules in the place of the base's, whatever the method that trained them."""
-        _check_free(model)
+        check_free(model)
         messages = check_config({**config, "bias": "none"}, file=file)
         model.requires_grad_(False)
         whole = WholeModules.from_tensors(
@@ -132,15 +138,19 @@ class Freeze(Adapter):
         self.whole = None
 
     def facts(self) -> list[tuple[str, str]]:
-        """Of the method report: how much is trained, how far backward goes, which module changed most of its norm."""
+        """Of the method report: how much is trained, how far backward goes, which module changed most of its norm, and
+        how many had none.
+        """
         whole = self._attached()
         count, total = sum(p.numel() for _, p in whole.parameters()), sum(p.numel() for p in self.model.parameters())
         relative = whole.relative()
-        most = max(relative, key=lambda name: relative[name])
-        lines = [
-            ("trained weights", f"{count:,} of {total:,}, {count / total:.2%}"),
-            ("largest change", f"{relative[most]:.2%} of its norm, {most}"),
-        ]
+        grown = {name: share for name, share in relative.items() if math.isfinite(share)}
+        lines = [("trained weights", f"{count:,} of {total:,}, {count / total:.2%}")]
+        if grown:
+            most = max(grown, key=lambda name: grown[name])
+            lines.append(("largest change", f"{grown[most]:.2%} of its norm, {most}"))
+        if from_zero := len(relative) - len(grown):
+            lines.append(("from zero", f"{from_zero} modules whose trained weights were all zero at the start"))
         if layers := layer_names(self.model):
             lines.append(("layers without a backward pass", f"{frozen_below(self.model)} of {len(layers)}"))
         return lines
@@ -186,9 +196,3 @@ def _saved_biases(model: nn.Module, config: Mapping[str, Any], file: str | PathL
         return []
     modules = tuple(f"{name}." for name in matching(model, config.get("modules_to_save") or ()))
     return [name for name in bias_names(model) if not name.startswith(modules)]
-
-
-def _check_free(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptedLinear):
-            raise AdapterError("already carries an adapter", field=name, fix="merge or remove that one first")

@@ -22,6 +22,10 @@ class Full(Freeze):
     method = "full"
 
     @classmethod
+    def _field(cls, options: Any) -> str:
+        return "method"
+
+    @classmethod
     def _chosen(cls, model: nn.Module, options: Any, messages: list[str]) -> tuple[list[str], list[str]]:
         layers = set(layer_names(model))
         unused = HEAD if getattr(model, HEAD_OF_CLASSES, None) is not None else None

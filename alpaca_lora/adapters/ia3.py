@@ -22,10 +22,11 @@ from alpaca_lora.adapters.linear_adapter import (
     base_weight,
     device_of,
     features,
+    refuse_both,
 )
 from alpaca_lora.adapters.lora import chosen_targets
 from alpaca_lora.adapters.targets import find_modules, peft_spec, peft_targets, task_type
-from alpaca_lora.adapters.whole_modules import WholeModules
+from alpaca_lora.adapters.whole_modules import WholeModules, matching
 from alpaca_lora.errors import AdapterError, ConfigError
 from alpaca_lora.kernels.scale import scale_columns
 from alpaca_lora.models.linear import project
@@ -121,8 +122,8 @@ class IA3(LinearAdapter):
             return IA3Linear(base, torch.ones(_shape(base, name in inside), device=device_of(base)), name in inside)
 
         adapter = cls._put_on(
-            model, targets, make, config, [], trainable=True,
-            whole=lambda: WholeModules.train(model, saved) if saved else None,
+            model, targets, make, config, [], trainable=True, saved=saved,
+            whole=lambda: WholeModules.train(model, saved),
         )  # fmt: skip
         if adapter.whole is not None:
             config.update(adapter.whole.config_keys(tying=False))
@@ -143,8 +144,10 @@ class IA3(LinearAdapter):
             )  # fmt: skip
         inside = feedforward_names(names, config.get("feedforward_modules") or ())
         shapes = {f"{PEFT_PREFIX}{name}.{VECTOR}": _shape(model.get_submodule(name), name in inside) for name in names}
-        tied = bool(config.get("ensure_weight_tying"))
-        return shapes | WholeModules.expected_shapes(model, config.get("modules_to_save"), file=file, tied=tied)
+        tied, entries = bool(config.get("ensure_weight_tying")), config.get("modules_to_save")
+        whole = WholeModules.expected_shapes(model, entries, file=file, tied=tied)
+        refuse_both(names, matching(model, entries or ()), file)
+        return shapes | whole
 
     @classmethod
     def from_peft(
@@ -161,9 +164,10 @@ class IA3(LinearAdapter):
             vector = tensors[f"{PEFT_PREFIX}{name}.{VECTOR}"]
             return IA3Linear(base, vector.to(device_of(base), torch.float32, copy=True), name in inside)
 
+        entries = config.get("modules_to_save") or ()
         adapter = cls._put_on(
-            model, names, make, dict(config), messages, trainable=trainable,
-            whole=lambda: WholeModules.from_tensors(model, tensors, config.get("modules_to_save"), trainable=trainable),
+            model, names, make, dict(config), messages, trainable=trainable, saved=matching(model, entries),
+            whole=lambda: WholeModules.from_tensors(model, tensors, entries, trainable=trainable), file=file,
         )  # fmt: skip
         if not any(adapter.moved().values()):
             messages.append(f"{file}: the adapter changes nothing: every factor is one")

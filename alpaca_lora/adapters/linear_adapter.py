@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from alpaca_lora.adapters.base import Adapter
-from alpaca_lora.adapters.whole_modules import PEFT_PREFIX, WholeModules
-from alpaca_lora.errors import AdapterError, ConfigError, NumericalError
+from alpaca_lora.adapters.whole_modules import PEFT_PREFIX, WholeModules, carried_wholly
+from alpaca_lora.errors import AdapterError, AlpacaLoraError, ConfigError, NumericalError
+from alpaca_lora.models.decoder import CausalLM
 
 
 class AdaptedLinear(nn.Module):
@@ -74,11 +75,17 @@ class AdaptedLinear(nn.Module):
         return bias if merged is None else merged.to(bias.dtype)  # pyright: ignore[reportOptionalMemberAccess]
 
     def change(self) -> float:
-        """Norm of what was trained away from the start; 0 for a method that did not act here."""
+        """How far this is from the base: for methods that add to the weight the Frobenius norm of W' - W, scale and
+        all. 0 where the method did not act.
+        """
         raise NotImplementedError
 
     def weights_changed(self) -> None:
         """Drop what was computed from the weights and kept."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self.weights_changed()  # moved to another device or dtype
+        return super()._apply(fn, recurse)
 
 
 def _refuse_gradient(gradient: torch.Tensor) -> None:
@@ -104,13 +111,15 @@ class LinearAdapter(Adapter):
     @classmethod
     def _put_on(
         cls, model: nn.Module, names: Iterable[str], make: Make, config: dict[str, Any], messages: list[str], *,
-        trainable: bool, whole: Callable[[], WholeModules | None], **more: Any,
+        trainable: bool, saved: Sequence[str], whole: Callable[[], WholeModules | None], file: Any = None, **more: Any,
     ) -> Self:  # fmt: skip
         """Replace the linears called ``names`` by what ``make`` gives and freeze all else; nothing is changed before
-        everything is made. ``whole`` is called once the model is frozen. ``more`` goes to the class.
+        everything is made. ``whole`` is called once the model is frozen and gives the modules ``saved`` (full names),
+        or nothing when there are none. ``file``: where the adapter is read from. ``more`` goes to the class.
         """
         names = list(names)
-        check_free(model, names)
+        refuse_both(names, saved, file)
+        check_free(model, names, saved)
         if trainable and "lm_head" in names and hasattr(model, "head_weight"):
             # the loss reads the head's weight and knows nothing of what is beside it
             raise ConfigError(
@@ -125,12 +134,17 @@ class LinearAdapter(Adapter):
         for name, layer in layers.items():
             layer.base.requires_grad_(False)
             replace(model, name, layer)
-        return cls(model, layers, config, messages, whole(), **more)
+        return cls(model, layers, config, messages, whole() if saved else None, **more)
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, layer in self.layers.items():
             for suffix, parameter in layer.tensors().items():
                 yield f"{PEFT_PREFIX}{name}.{suffix}", parameter
+
+    def parts(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        for name, layer in self.layers.items():
+            for suffix, parameter in layer.tensors().items():
+                yield name, suffix.removesuffix(".weight"), parameter
 
     def set_rows(self, row_keys_T: torch.Tensor | None) -> None:
         for layer in self.layers.values():
@@ -235,12 +249,41 @@ def finite(weight: torch.Tensor, name: str) -> torch.Tensor:
     return weight
 
 
-def check_free(model: nn.Module, names: Iterable[str]) -> None:
-    """AdapterError when a target, or a module around it, carries an adapter."""
-    taken = [name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
-    for name in names:
-        if any(name == other or name.startswith(other + ".") for other in taken):
+def check_free(model: nn.Module, linears: Sequence[str] | None = None, saved: Sequence[str] = ()) -> None:
+    """AdapterError naming what is on the model when a new adapter would not leave it as it is.
+
+    Beside linears that have an adapter, others may get one: ``linears``, and the modules ``saved`` to be trained wholly
+    with them. Every other method (None) wants a model that carries nothing.
+    """
+    if any(isinstance(module, CausalLM) and module.prefix is not None for module in model.modules()):
+        raise AdapterError("the model has virtual tokens already", fix="remove that adapter first")
+    adapted = [name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+    wanted = [*(linears or ()), *saved]
+    for name in adapted:
+        if linears is None or any(_one_is_inside(name, other) for other in wanted):
             raise AdapterError("already carries an adapter", field=name, fix="merge or remove that one first")
+    for name in carried_wholly(model):
+        # without adapted linears beside it, it is an adapter of its own (freeze, bitfit, full)
+        if linears is None or not adapted or any(_one_is_inside(name, other) for other in wanted):
+            raise AdapterError(
+                "is already trained wholly, by another adapter", field=name or "the model itself",
+                fix="merge or remove that one first",
+            )  # fmt: skip
+
+
+def refuse_both(targets: Sequence[str], saved: Sequence[str], file: Any = None) -> None:
+    """An error for a module that is to be trained wholly and to carry an adapter, itself or inside of it: of the user's
+    options, or of a ``file``.
+    """
+    for name in saved:
+        if inside := [target for target in targets if target == name or target.startswith(f"{name}.")]:
+            what, fix = f"{name} is to be trained wholly and {inside[0]} of it by an adapter", "keep one of both"
+            error: AlpacaLoraError = ConfigError(what, field="modules_to_save", fix=fix)
+            raise error if file is None else AdapterError(what, file=file, field="modules_to_save", fix=fix)
+
+
+def _one_is_inside(name: str, other: str) -> bool:
+    return name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.")
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -5,6 +5,7 @@ Knows linears by their contract and PEFT's names; knows neither what is inside o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -13,13 +14,20 @@ import torch
 from torch import nn
 
 from alpaca_lora.adapters.base import EncodeText
-from alpaca_lora.adapters.linear_adapter import PEFT_PREFIX, AdaptedLinear, LinearAdapter, device_of, features
+from alpaca_lora.adapters.linear_adapter import (
+    PEFT_PREFIX,
+    AdaptedLinear,
+    LinearAdapter,
+    device_of,
+    features,
+    refuse_both,
+)
 from alpaca_lora.adapters.lora_config import DEFAULTS, Setting, check_config, settings
 from alpaca_lora.adapters.lora_linear import DropoutRows, LoRALinear, initial_A, salt_of
 from alpaca_lora.adapters.targets import find_modules, find_targets, in_layers, peft_spec, peft_targets, task_type
-from alpaca_lora.adapters.whole_modules import WholeModules
+from alpaca_lora.adapters.whole_modules import WholeModules, matching
 from alpaca_lora.device import available_memory_bytes
-from alpaca_lora.errors import AdapterError, ConfigError, MachineError
+from alpaca_lora.errors import AdapterError, ConfigError, MachineError, NumericalError
 
 
 class Lora(LinearAdapter):
@@ -53,7 +61,6 @@ class Lora(LinearAdapter):
         chosen = cls._settings(config, targets)
         check_patterns(config, targets)
         saved = find_modules(model, options.modules_to_save)
-        _refuse_both(targets, saved)
         _check_memory(model, chosen)
         rows = DropoutRows(float(options.lora_dropout))
 
@@ -65,7 +72,7 @@ class Lora(LinearAdapter):
 
         adapter = cls._put_on(
             model, targets, make, config, messages, trainable=True,
-            whole=lambda: WholeModules.train(model, saved) if saved else None,
+            saved=saved, whole=lambda: WholeModules.train(model, saved),
             rows=rows, lora_plus_ratio=options.lora_plus_ratio,
         )  # fmt: skip
         if adapter.whole is not None:
@@ -131,8 +138,10 @@ class Lora(LinearAdapter):
             for name, setting in cls._settings(config, names).items()
             for suffix, shape in cls._shapes(model.get_submodule(name), setting).items()
         }
-        tied = bool(config.get("ensure_weight_tying"))
-        return shapes | WholeModules.expected_shapes(model, config.get("modules_to_save"), file=file, tied=tied)
+        tied, entries = bool(config.get("ensure_weight_tying")), config.get("modules_to_save")
+        whole = WholeModules.expected_shapes(model, entries, file=file, tied=tied)
+        refuse_both(names, matching(model, entries or ()), file)
+        return shapes | whole
 
     @classmethod
     def from_peft(
@@ -153,10 +162,11 @@ class Lora(LinearAdapter):
             }
             return cls._saved_layer(name, base, chosen[name], rows, own)
 
+        entries = config.get("modules_to_save") or ()
         adapter = cls._put_on(
-            model, names, make, dict(config), messages, trainable=trainable,
-            whole=lambda: WholeModules.from_tensors(model, tensors, config.get("modules_to_save"), trainable=trainable),
-            rows=rows,
+            model, names, make, dict(config), messages, trainable=trainable, saved=matching(model, entries),
+            whole=lambda: WholeModules.from_tensors(model, tensors, entries, trainable=trainable),
+            file=file, rows=rows,
         )  # fmt: skip
         if not any(adapter.moved().values()):
             messages.append(f"{file}: the adapter changes nothing: every lora_B is zero")
@@ -166,26 +176,67 @@ class Lora(LinearAdapter):
         """Key the dropout of the next forward (and of its backward) by row; None: no dropout."""
         super().set_rows(row_keys_T)
         self.rows.keys_T = row_keys_T
+        self.rows.announced |= row_keys_T is not None
 
     def learning_rate_ratio(self, name: str) -> float:
         """LoRA+ (Hayou et al. 2024, section 4): B learns faster than A."""
         return self.lora_plus_ratio if name.endswith(".lora_B.weight") else 1.0
 
+    def check_acted(self) -> None:
+        """As `Adapter.check_acted`; NumericalError, besides, when the scale of a module was another than the one that
+        its file says (alpha / r, or rsLoRA's alpha / sqrt(r)).
+        """
+        super().check_acted()
+        for name, setting in self._settings(self.config, self.layers).items():
+            if not math.isclose(self.layers[name].scale, setting.scale, rel_tol=1e-6):
+                raise NumericalError(
+                    f"was trained with a scale of {self.layers[name].scale:g}, its file says {setting.scale:g}",
+                    field=name,
+                )
+
     def facts(self) -> list[tuple[str, str]]:
-        """Mean effective rank of the updates: exp of the entropy of their singular values (Roy and Vetterli 2007)."""
-        ranks = [effective_rank(layer) for layer in self.layers.values()]
-        return [("effective rank", f"{sum(ranks) / len(ranks):.1f} of {self.config['r']}, mean over modules")]
+        """Scales, mean effective rank of the updates (see `effective_rank`), and LoRA+'s ratio where there is one."""
+        scales = [layer.scale for layer in self.layers.values()]
+        rule = "alpha / sqrt(rank), rank-stabilized" if self.config.get("use_rslora") else "alpha / rank"
+        lines = [
+            ("scale", f"{_range(scales)} = {rule}"),
+            ("effective rank", rank_line(list(self.layers.values()))),
+        ]
+        if self.lora_plus_ratio != 1.0:
+            lines.append(("learning rate of lora_B", f"{self.lora_plus_ratio:g} times that of lora_A (LoRA+)"))
+        return lines
+
+
+def rank_line(layers: Sequence[LoRALinear]) -> str:
+    """Mean effective rank of the updates beside the ranks that they can have."""
+    found = [effective_rank(layer) for layer in layers]
+    possible = [possible_rank(layer) for layer in layers]
+    return f"{sum(found) / len(found):.1f} of {_range(possible)}, mean over modules"
+
+
+def possible_rank(layer: LoRALinear) -> int:
+    """The largest rank that the update of this layer can have."""
+    return min(len(layer.update_factors()[0]), layer.in_features, layer.out_features)
 
 
 def effective_rank(layer: LoRALinear) -> float:
-    """exp(entropy of the normalised singular values of B A), from R x R products: never the dense update."""
+    """exp of the entropy of the update's normalised singular values (Roy and Vetterli 2007), from R x R products:
+    never the dense update. 0 for an update of zero.
+    """
     with torch.no_grad():
-        a, b = layer.factors()
+        a, b = layer.update_factors()
         _, from_b = torch.linalg.qr(b.double())
         _, from_a = torch.linalg.qr(a.double().t())
         values = torch.linalg.svdvals(from_b @ from_a.t())
-        share = values / values.sum().clamp_min(1e-300)
+        if not (total := float(values.sum())):
+            return 0.0
+        share = values / total
         return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
+
+
+def _range(values: Sequence[float]) -> str:
+    least, most = f"{min(values):.4g}", f"{max(values):.4g}"
+    return least if least == most else f"{least} to {most}"
 
 
 def chosen_targets(model: nn.Module, options: Any) -> list[str]:
@@ -206,6 +257,8 @@ def read_pattern(entries: Sequence[str], field: str, kind: type[int] | type[floa
         if not pattern or number is None:
             kinds = "a whole number" if kind is int else "a number"
             raise ConfigError(f"{entry!r} is not NAME={kinds}", field=field, fix=f"for example --{field} q_proj=16")
+        if pattern in found:
+            raise ConfigError(f"{pattern} is given twice: {found[pattern]} and {value}", field=field, fix="keep one")
         found[pattern] = int(number) if float(number).is_integer() else number
     return found
 
@@ -220,15 +273,6 @@ def check_patterns(config: Mapping[str, Any], targets: Iterable[str]) -> None:
                 raise ConfigError(
                     f"{pattern!r} matches no target", field=field, expected=f"ends of names such as {', '.join(ends)}"
                 )
-
-
-def _refuse_both(targets: Sequence[str], saved: Sequence[str]) -> None:
-    for name in saved:
-        if inside := [target for target in targets if target == name or target.startswith(name + ".")]:
-            raise ConfigError(
-                f"{name} is to be trained wholly and {inside[0]} of it by an adapter", field="modules_to_save",
-                fix="keep one of both",
-            )  # fmt: skip
 
 
 def _check_memory(model: nn.Module, chosen: Mapping[str, Setting]) -> None:

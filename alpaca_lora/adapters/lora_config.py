@@ -100,16 +100,14 @@ def _check_selection(config: Mapping[str, Any], file: str | PathLike[str] | None
 def _refuse_unbuilt(config: Mapping[str, Any], file: str | PathLike[str] | None) -> None:
     for key in REFUSED:
         if config.get(key) not in (None, False, [], {}, ""):
-            raise _error(
-                file, key, f"{config[key]!r} is not supported yet by method lora", "nothing, or the key left out"
-            )
+            raise _error(file, key, f"{config[key]!r} is not supported", "nothing, or the key left out")
     if config.get("bias", "none") != "none":
-        raise _error(file, "bias", f"{config['bias']!r} is not supported yet by method lora", "none")
+        raise _error(file, "bias", f"{config['bias']!r} is not supported", "none")
     start = config.get("init_lora_weights", True)
     if not any(start is safe or (isinstance(start, str) and start == safe) for safe in SAFE_INITIALISATIONS):
         raise _error(
             file, "init_lora_weights",
-            f"{start!r} takes a part out of the base weights, which is not supported yet by method lora",
+            f"{start!r} takes a part out of the base weights, which is not supported",
             "an adapter for the base as it is",
             "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )  # fmt: skip

@@ -21,12 +21,13 @@ class DropoutRows:
     """Shared by all linears of one adapter: whose rows are in the stream. keys_T int32; None means no dropout.
 
     automatic: nobody calls set_rows (somebody's own loop), so a layer that is in training mode draws keys itself, from
-    torch's generator.
+    torch's generator. announced: somebody does (our trainer), and says by it whenever weights have changed.
     """
 
     p: float
     keys_T: torch.Tensor | None = None
     automatic: bool = False
+    announced: bool = False
 
     def key(self, x_TD: torch.Tensor, salt: int, training: bool) -> DropoutKey | None:
         """How to draw the mask of the input x; None outside of training."""
@@ -90,14 +91,20 @@ class LoRALinear(AdaptedLinear):
         """(A, B) whose product over s is the whole update, outside of autograd."""
         return self.lora_A.detach(), self.lora_B.detach()
 
+    def update_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `factors`, such that their product is exactly zero where nothing has moved."""
+        return self.factors()
+
     def merged_weight(self) -> torch.Tensor:
         """W + s B A (out, in) in float32, outside of autograd."""
         with torch.no_grad():
             return torch.addmm(base_weight(self.base).float(), self.lora_B, self.lora_A, alpha=self.scale)
 
     def change(self) -> float:
-        """Norm of lora_B, which starts at zero."""
-        return float(self.lora_B.detach().norm())
+        """Frobenius norm of the update s B A, from R x R products; exactly 0 where nothing has moved."""
+        a, b = (factor.double() for factor in self.update_factors())
+        square = ((b.t() @ b) * (a @ a.t())).sum()
+        return self.scale * float(square.clamp_min(0).sqrt())
 
     def extra_repr(self) -> str:
         return f"rank={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.rows.p:g}"

@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord
 from alpaca_lora.device import Compute
 from alpaca_lora.errors import AdapterError, NumericalError, UserError
 from alpaca_lora.models.attention import Packed
-from alpaca_lora.models.classifier import SCORE_WEIGHT, class_logits, classifier_config, find_score
+from alpaca_lora.models.classifier import SCORE_WEIGHT, class_logits, classifier_config, find_score, padding_id
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.models.load import Base, load_base
 from alpaca_lora.text.rendered import Rendered, Span
+from alpaca_lora.text.tokenizer import Tokenizer
 from alpaca_lora.weights.huggingface import write_folder
 from alpaca_lora.weights.safetensors_file import sync_folder
 
@@ -83,7 +85,7 @@ def merge_into_folder(
     try:
         write_folder(
             unchecked, _merged_parameters(base.model, adapter, dtype), _config(base, dtype, record),
-            extra_files=_extra_files(base, record), tokenizer_saver=base.tokenizer.save,
+            extra_files=_extra_files(base, record), tokenizer_saver=partial(_save_tokenizer, base, record),
             max_shard_bytes=max_shard_bytes,
         )  # fmt: skip
         effect = _difference(wanted_TV, _logits(base.model, ids, lengths))[1]
@@ -145,21 +147,45 @@ def _config(base: Base, dtype: torch.dtype, record: AdapterRecord | None) -> dic
     score = find_score(base.model)
     if score is None:
         return config
-    return classifier_config(config, record.labels if record is not None and record.labels else score.labels)
+    labels = record.labels if record is not None and record.labels else score.labels
+    return classifier_config(config, labels, _padding_id(base, record))
+
+
+def _padding_id(base: Base, record: AdapterRecord | None) -> int | None:
+    """What pads the texts of a merged classifier: the base's padding, unless that is the EOS which is classified."""
+    tokenizer, ends = base.tokenizer, record is not None and record.add_eos
+    pad_id = base.config.extra.get("pad_token_id") if tokenizer.pad_id is None else tokenizer.pad_id
+    return padding_id(tokenizer.special_tokens, pad_id, tokenizer.eos_id if ends else None)
+
+
+def _save_tokenizer(base: Base, record: AdapterRecord | None, folder: Path) -> None:
+    """The tokenizer's files; a classifier's name the padding of its config.json, where that is another one."""
+    tokenizer = base.tokenizer
+    tokenizer.save(folder)
+    if find_score(base.model) is None or (pad_id := _padding_id(base, record)) == tokenizer.pad_id:
+        return
+    names = {index: name for name, index in tokenizer.special_tokens.items()}
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["pad_token"] = None if pad_id is None else names.get(pad_id)
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _extra_files(base: Base, record: AdapterRecord | None) -> dict[str, bytes]:
-    """What ends an answer, for transformers; and the adapter's record, which keeps template and provenance."""
-    tokenizer = base.tokenizer
+    """What ends an answer, for transformers (a classifier has none); and the adapter's record, which keeps template and
+    provenance.
+    """
+    files = _generation_config(base.tokenizer, record) if find_score(base.model) is None else {}
+    return {**files, RECORD_NAME: record.to_json().encode()} if record is not None else files
+
+
+def _generation_config(tokenizer: Tokenizer, record: AdapterRecord | None) -> dict[str, bytes]:
     ends = sorted({*tokenizer.stop_ids, *([tokenizer.eos_id] if tokenizer.eos_id is not None else [])})
     if record is not None:
         ends = sorted({*ends, *record.stop_ids})
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends or None, "pad_token_id": tokenizer.pad_id}
     generation = {key: value for key, value in ids.items() if value is not None}
-    files = {"generation_config.json": (json.dumps(generation, indent=2, sort_keys=True) + "\n").encode()}
-    if record is not None:
-        files[RECORD_NAME] = record.to_json().encode()
-    return files
+    return {"generation_config.json": (json.dumps(generation, indent=2, sort_keys=True) + "\n").encode()}
 
 
 def _prompt_ids(base: Base) -> tuple[list[int], list[int]]:

@@ -19,7 +19,7 @@ from torch import nn
 from alpaca_lora.adapters.base import EncodeText, Kept
 from alpaca_lora.adapters.linear_adapter import PEFT_PREFIX, AdaptedLinear, base_weight, device_of, features
 from alpaca_lora.adapters.lora import Lora
-from alpaca_lora.adapters.lora_config import Setting
+from alpaca_lora.adapters.lora_config import Setting, check_config
 from alpaca_lora.adapters.lora_linear import DropoutRows, LoRALinear, salt_of
 from alpaca_lora.errors import AdapterError, ConfigError, NumericalError
 
@@ -63,14 +63,13 @@ class PissaLinear(LoRALinear):
         a, b = self.factors()
         return torch.addmm(base_weight(self.base).float(), b, a, alpha=self.scale)
 
-    @torch.no_grad()
-    def change(self) -> float:
-        """Norm of B A - B0 A0, from rank-wide products; 0 as long as neither has moved."""
+    def update_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[A; A - A0] and [B - B0, B0], so that their product is exactly zero as long as neither has moved: the
+        difference of two large products would never quite be.
+        """
         start_A, start_B = self.constant
-        # as (B - B0) A + B0 (A - A0): the difference of two large products would never be quite zero
-        a = torch.cat((self.lora_A, self.lora_A - start_A)).double()
-        b = torch.cat((self.lora_B + start_B, -start_B), dim=1).double()
-        return math.sqrt(max(0.0, float(((b.t() @ b) * (a @ a.t())).sum())))
+        a, b = self.lora_A.detach(), self.lora_B.detach()
+        return torch.cat((a, a - start_A)), torch.cat((b + start_B, -start_B), dim=1)
 
 
 class Pissa(Lora):
@@ -79,6 +78,20 @@ class Pissa(Lora):
     """
 
     method = "pissa"
+
+    @staticmethod
+    def _check(config: Mapping[str, Any], *, file: Any = None) -> list[str]:
+        """As `lora_config.check_config`, of what the user asked for and of what it is saved as."""
+        messages = check_config(config, file=file)
+        if file is None:
+            try:
+                check_config(converted(config))
+            except ConfigError as error:
+                raise ConfigError(
+                    f"method pissa is saved as a LoRA of twice the rank, whose {error.field} {error.what}",
+                    field=error.field, expected=error.expected, fix="lower it",
+                ) from error  # fmt: skip
+        return messages
 
     @classmethod
     def attach(cls, model: nn.Module, options: Any, *, seed: int, encode_text: EncodeText | None = None) -> Self:
@@ -148,7 +161,10 @@ class Pissa(Lora):
         return {}
 
     def check_acted(self) -> None:
-        """NumericalError when a factor did not leave its start: both get a gradient from the first step on."""
+        """As `Lora.check_acted`; NumericalError when a factor did not leave its start: both get a gradient from the
+        first step on.
+        """
+        super().check_acted()
         still = [
             f"{name}.{which}"
             for name, layer in self.layers.items()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from alpaca_lora.adapters.base import Adapter, EncodeText, Kept
-from alpaca_lora.adapters.linear_adapter import seeded
+from alpaca_lora.adapters.linear_adapter import check_free, seeded
 from alpaca_lora.adapters.targets import find_modules, task_type
 from alpaca_lora.adapters.whole_modules import CLASS_HEADS, PEFT_PREFIX, WholeModules
 from alpaca_lora.errors import AdapterError, ConfigError
@@ -141,7 +141,7 @@ class VirtualTokenAdapter(Adapter):
         ``encode_text``, as tokens drawn from the vocabulary.
 
         Raises ConfigError: longer than the model's context, a text without tokens, modules that PEFT would not keep.
-        AdapterError: the model has virtual tokens already.
+        AdapterError: the model carries an adapter already.
         """
         decoder, length = _free_decoder(model, cls.method), int(options.num_virtual_tokens)
         context = decoder.config.max_position_embeddings
@@ -277,24 +277,27 @@ def _decoder(model: nn.Module, method: str) -> CausalLM:
 
 def _free_decoder(model: nn.Module, method: str) -> CausalLM:
     decoder = _decoder(model, method)
-    if decoder.prefix is not None:
-        raise AdapterError("the model has virtual tokens already", fix="remove that adapter first")
+    check_free(decoder)
     return decoder
 
 
 def _start_ids(
     model: CausalLM, text: str, encode_text: EncodeText | None, length: int, seed: int, messages: list[str]
 ) -> torch.Tensor:
-    """ids_P that the virtual tokens start as."""
+    """ids_P that the virtual tokens start as. What the encoder puts before every text (BOS, where the model was trained
+    with it: the place that most heads look at where nothing else matters) stands there once, the text is repeated.
+    """
     device = model.embeddings.weight.device
     if not text or encode_text is None:
         if text:
             messages.append("virtual_tokens_text is not used: there is no tokenizer to read it; the start is random")
         return torch.randint(model.config.vocab_size, (length,), generator=seeded(seed, "ids", KEY)).to(device)
-    ids = encode_text(text)
-    if not ids:
+    front, ids = encode_text(""), encode_text(text)
+    front = front if ids[: len(front)] == front else []
+    body = ids[len(front) :]
+    if not body:
         raise ConfigError("has no tokens", field="virtual_tokens_text", expected="a text, or an empty one for random")
-    return torch.tensor((ids * -(-length // len(ids)))[:length], device=device)
+    return torch.tensor((front + body * -(-length // len(body)))[:length], device=device)
 
 
 def _entries(config: Mapping[str, Any]) -> Any:

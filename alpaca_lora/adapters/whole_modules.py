@@ -15,21 +15,23 @@ import torch
 from torch import nn
 
 from alpaca_lora.errors import AdapterError, ConfigError, NumericalError
-from alpaca_lora.models.layers import RMSNorm
+from alpaca_lora.models.classifier import Score
+from alpaca_lora.models.layers import LayerNorm, RMSNorm
 from alpaca_lora.models.linear import Linear
 
 PEFT_PREFIX = "base_model.model."
 HEAD = "lm_head"
 CLASS_HEADS = ("classifier", "score")  # PEFT adds both to each SEQ_CLS file, whichever the model has
 CHUNK = 2**22  # elements that are widened to float32 at a time
+MARK = "_trained_wholly"  # attribute of a module whose own parameters an adapter has taken over
 
 
 class WholeModules:
     """Parameters of a model that are trained themselves, with the values they had before.
 
     They keep the base's storage dtype, so that a trained layer runs as fast as a frozen one and a file is as small as
-    the base's; the float32 master is the optimizer's. Only what is tiny or new is float32: the weights of our RMSNorm,
-    whose values near 1 bfloat16 rounds to steps of 0.008, more than many a run moves them, and a classifier's head.
+    the base's; the float32 master is the optimizer's. Only what is tiny or new is float32: norms and biases of our own
+    layers (values near 1 bfloat16 rounds to steps of 0.008, more than many a run moves them), and a classifier's head.
 
     names: the modules as PEFT is told of them; parameters: full name -> parameter, in the model's order.
     """
@@ -41,27 +43,32 @@ class WholeModules:
         self.model, self.names = model, tuple(names)
         self._parameters, self._initial = dict(parameters), dict(initial)
         self._untied = untied  # the head was the embedding before
+        for module in self._owners():
+            setattr(module, MARK, True)
 
     # ---- made
 
     @classmethod
-    def train(cls, model: nn.Module, names: Sequence[str], parameters: Sequence[str] = ()) -> Self:
+    def train(
+        cls, model: nn.Module, names: Sequence[str], parameters: Sequence[str] = (), *, field: str = "modules_to_save"
+    ) -> Self:
         """Train the modules with these full names, and single parameters besides (BitFit's biases).
 
         Freeze what is to be frozen before: this only asks for gradients. Raises ConfigError for a module without
-        weights, for the head of a tied model, and for names that PEFT could not tell from others.
+        weights, for the head of a tied model, and for names that PEFT could not tell from others; ``field``: the option
+        that named them.
         """
         names = outermost(names)
         if HEAD in names and is_tied(model):
             embedding = embedding_name(model)
             raise ConfigError(
                 "the head of this model is its embedding (tied) and has no weights of its own",
-                field="modules_to_save", fix=f"name {embedding}, which trains both",
+                field=field, fix=f"name {embedding}, which trains both",
             )  # fmt: skip
         for name in names:
             if next(model.get_submodule(name).parameters(), None) is None:
-                raise ConfigError(f"{name} has no weights to train", field="modules_to_save")
-        _check_told_apart(model, names)
+                raise ConfigError(f"{name} has no weights to train", field=field)
+        _check_told_apart(model, names, field)
         own = _parameters_of(model, names, parameters)
         initial: dict[str, torch.Tensor] = {}
         for name, parameter in own.items():
@@ -163,7 +170,7 @@ class WholeModules:
         return {name: math.sqrt(change) for name, (change, _) in self._squares().items()}
 
     def relative(self) -> dict[str, float]:
-        """`moved` over the norm that the module's weights had at the start; infinite where that is zero."""
+        """`moved` over the norm that the module's weights had at the start; infinite from zero."""
         return {name: math.sqrt(c / s) if s else math.inf for name, (c, s) in self._squares().items()}
 
     def merged_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -182,7 +189,7 @@ class WholeModules:
         for name, parameter in self._parameters.items():
             parameter.data = parameter.data.to(self._initial[name].dtype)
             parameter.requires_grad_(False)
-        self._parameters, self._initial = {}, {}
+        self._let_go()
 
     def restore(self) -> None:
         """Put the values back that were there before, bit for bit."""
@@ -190,9 +197,19 @@ class WholeModules:
             parameter.grad = None
             parameter.data = self._initial[name].to(parameter.device)
             parameter.requires_grad_(False)
+        self._let_go()
         if self._untied:
             self.model.lm_head = None  # pyright: ignore
+
+    def _let_go(self) -> None:
+        for module in self._owners():
+            delattr(module, MARK)
         self._parameters, self._initial = {}, {}
+
+    def _owners(self) -> list[nn.Module]:
+        """The modules that hold the parameters themselves, each once."""
+        names = dict.fromkeys(name.rpartition(".")[0] for name in self._parameters)
+        return [self.model.get_submodule(name) for name in names]
 
     @torch.no_grad()
     def _squares(self) -> dict[str, tuple[float, float]]:
@@ -249,21 +266,26 @@ def _parameters_of(model: nn.Module, names: Sequence[str], parameters: Sequence[
     return own
 
 
+def carried_wholly(model: nn.Module) -> list[str]:
+    """Names of the modules whose own parameters belong to an adapter, trained or loaded; "" is the model itself."""
+    return [name for name, module in model.named_modules() if getattr(module, MARK, False)]
+
+
 def _dtype(model: nn.Module, name: str, parameter: nn.Parameter) -> torch.dtype:
-    owner = name.rpartition(".")[0]
-    if owner == "score" or isinstance(model.get_submodule(owner), RMSNorm):
-        return torch.float32
-    return parameter.dtype
+    """float32 only where the layer's forward takes it: other people's layers want one dtype for all they hold."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    is_small = parameter.ndim == 1 and isinstance(owner, RMSNorm | LayerNorm | Linear)
+    return torch.float32 if is_small or isinstance(owner, Score) else parameter.dtype
 
 
-def _check_told_apart(model: nn.Module, names: Sequence[str]) -> None:
+def _check_told_apart(model: nn.Module, names: Sequence[str], field: str) -> None:
     """PEFT takes every module whose name ends with an entry, even in the middle of a word."""
     covered = tuple(f"{name}." for name in names)
     for name in names:
         for other in _ends(model, name):
             if other not in names and not other.startswith(covered):
                 raise ConfigError(
-                    f"PEFT would take {other} for {name}, because its name ends so", field="modules_to_save",
+                    f"PEFT would take {other} for {name}, because its name ends so", field=field,
                     fix=f"name {other} too, or rename the module",
                 )  # fmt: skip
 

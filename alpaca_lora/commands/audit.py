@@ -56,7 +56,7 @@ def token_table(job: Job) -> Table:
     ]
     if job.config.task == "classification":
         learned = f"a label for each row, of {len(job.prepared.labels)}"
-        lines += [("template", "none: the text as it is"), ("learned", learned)]
+        lines += [("text", repr(job.config.text_template)), ("learned", learned)]
     else:
         learned = "prompts and answers" if job.config.train_on_inputs else f"answers ({job.config.train_on_turns})"
         lines += [
@@ -132,7 +132,7 @@ def probe_table(job: Job, measured: Probe, figures: dict[str, Any], *, recalled:
     """What a person wants to know before an hour of training."""
     minutes, seconds = divmod(figures["estimated_seconds"], 60)
     hours, minutes = divmod(minutes, 60)
-    share = figures["trained_parameters"] / job.base.model.num_parameters()
+    share = figures["trained_parameters"] / job.num_base_parameters
     limit = memory_limit(job.config, job.compute.device)
     lines = [
         (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from rich.console import Console
 
+from alpaca_lora.commands.input_lines import waiting_lines
 from alpaca_lora.errors import DataError, UserError
 from alpaca_lora.text.messages import Conversation, Message
 
@@ -34,10 +36,11 @@ class Chat:
         self.history: list[Message] = []
 
     def run(self, lines: TextIO) -> None:
-        """Until /quit or the end of the input."""
+        """Until /quit or the end of the input. DataError for a line of a pipe that is not UTF-8."""
         if self._interactive:
             self._say("/help lists the commands, Ctrl-D leaves")
-        while (line := self._read(lines)) is not None:
+        waiting = itertools.chain.from_iterable(waiting_lines(lines))
+        while (line := self._read(waiting)) is not None:
             text = line.strip()
             if text == "/quit":
                 return
@@ -51,19 +54,11 @@ class Chat:
             elif text:
                 self._turn(text)
 
-    def _read(self, lines: TextIO) -> str | None:
-        """The next line; None at the end. Ctrl-C at the prompt gives a new prompt."""
+    def _read(self, waiting: Iterator[str]) -> str | None:
+        """The next line; None at the end."""
         if not self._interactive:
-            return lines.readline() or None
-        try:
-            return self._console.input("[bold]> [/]")
-        except EOFError:
-            self._console.print()
-            return None
-        except KeyboardInterrupt:
-            self._console.print()
-            self._say("Ctrl-D or /quit leaves")
-            return ""
+            return next(waiting, None)
+        return typed_line(self._console, leave="Ctrl-D or /quit leaves")
 
     def _turn(self, text: str) -> None:
         self.history.append(Message("user", text))
@@ -98,4 +93,25 @@ class Chat:
         return Conversation(tuple(self.history), kind, "chat", 0)
 
     def _say(self, text: str) -> None:
-        self._console.print(text, style="dim", markup=False, highlight=False)
+        _say(self._console, text)
+
+
+def typed_line(console: Console, *, leave: str) -> str | None:
+    """The next line of the terminal; None at its end. Ctrl-C, or bytes that are no text, give a new prompt: an empty
+    line; ``leave``: what to say of Ctrl-C.
+    """
+    try:
+        return console.input("[bold]> [/]")
+    except EOFError:
+        console.print()
+        return None
+    except KeyboardInterrupt:
+        console.print()
+        _say(console, leave)
+    except UnicodeDecodeError as error:
+        _say(console, f"error: that was not {error.encoding}")
+    return ""
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, style="dim", markup=False, highlight=False)

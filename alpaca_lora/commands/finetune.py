@@ -52,7 +52,7 @@ def run(config: FinetuneConfig, *, resolved: Resolved[FinetuneConfig], console: 
             what = f"stopped by {interrupted} before the first step: nothing was trained"
             raise Stopped(interrupted.signal_number, what) from None
         state, log = _train(job, folder, checkpoint, resolved, console, signals)
-        method = MethodReport.of(job.adapter, job.base.model.num_parameters())
+        method = MethodReport.of(job.adapter, job.num_base_parameters)
         if "confusion" in state.best_figures:
             console.print(class_table(state.best_figures["confusion"], job.prepared.labels))
             console.print(confusion_table(state.best_figures["confusion"], job.prepared.labels))
@@ -67,7 +67,8 @@ def run(config: FinetuneConfig, *, resolved: Resolved[FinetuneConfig], console: 
             "supervised_tokens": state.supervised_tokens, "tokens_per_second": round(state.tokens_per_second, 1),
             "peak_memory_bytes": peak_memory_bytes(job.compute.device), "train_loss": state.train_loss,
             "val_loss": state.val_loss, "best_val_loss": state.best_val_loss,
-            **state.best_figures, "trained_parameters": method.num_trained, "method_report": method.to_json(),
+            "best_step": state.best_step, **_of_classes(job), **state.best_figures,
+            "trained_parameters": method.num_started, "method_report": method.to_json(),
             "seconds": round(time.perf_counter() - started, 3), "output_dir": config.output_dir,
         }  # fmt: skip
 
@@ -113,6 +114,12 @@ def _train(
     save_adapter(folder.path, job.adapter, job.record(state))
     say(f"adapter saved in {folder.path}")
     return state, log.records()
+
+
+def _of_classes(job: Job) -> dict[str, Any]:
+    """What names the rows and columns of a confusion matrix."""
+    prepared = job.prepared
+    return {"labels": list(prepared.labels), "class_counts": list(prepared.class_counts)} if prepared.labels else {}
 
 
 def _save(where: Path, job: Job, state: TrainState) -> None:

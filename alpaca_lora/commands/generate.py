@@ -84,7 +84,7 @@ class Speaker:
 
 def run(config: GenerateConfig, *, resolved: Resolved[GenerateConfig], console: Console) -> dict[str, Any]:
     """Returns the last answer as JSON: text prompt_tokens completion_tokens tokens_per_second finish_reason, or of a
-    classifier label probabilities prompt_tokens seconds.
+    classifier what `label.label_texts` returns.
     """
     compute = pick_compute(config.device, config.dtype, config.num_threads)
     base = load_base(config.base_model, compute)
@@ -93,7 +93,7 @@ def run(config: GenerateConfig, *, resolved: Resolved[GenerateConfig], console: 
         _note(console, notice)
     record = _record(config, base, console)
     if base.model.score is not None:
-        return label_texts(Labeller.of(base, record), config, console, lambda text: _note(console, text))
+        return label_texts(Labeller.of(base, record), resolved, console, lambda text: _note(console, text))
     prompts = _prompt_format(config, base, record, console)
     _note(
         console, f"template: {prompts.template.name} ({prompts.template.source}, sha256 {prompts.template.digest[:12]})"
@@ -153,7 +153,7 @@ def _load_adapter(folder: str, base: Base, console: Console) -> AdapterRecord | 
         _note(console, message)
     rank = adapter.config.get("r")
     _note(console, f"adapter: {folder} ({adapter.method}{f', rank {rank}' if rank else ''}), not merged")
-    if record is None:
+    if record is None and base.model.score is None:
         _note(console, "the adapter folder has no alpaca_lora.json: the template it was trained with is not known")
     return record
 

@@ -17,7 +17,7 @@ from alpaca_lora.data.prepare import Prepared, prepare
 from alpaca_lora.data.preview import class_counts_table
 from alpaca_lora.device import Compute, pick_compute, seed_everything
 from alpaca_lora.errors import ConfigError
-from alpaca_lora.models.classifier import attach_score
+from alpaca_lora.models.classifier import attach_score, refuse_classifier
 from alpaca_lora.models.load import Base, load_base
 from alpaca_lora.text.rendered import Rendered, Span, Template
 from alpaca_lora.text.templates import load_template
@@ -39,6 +39,7 @@ class Job:
     template: Template
     prepared: Prepared
     adapter: Adapter
+    num_base_parameters: int
     loader: Loader
     val_loader: Loader | None
     loss: Loss
@@ -82,6 +83,9 @@ def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> J
     say(f"base model: {base.name}: {base.description} ({compute.reason})")
     for notice in base.notices:
         say(notice)
+    if config.task == "generation":
+        refuse_classifier(base.model)
+    num_base = base.model.num_parameters()
     classifies = config.task == "classification"
     # before the rows are read: a wrong target is to be told of at once. A classifier's head has to know its classes
     adapter = None if classifies else _attach(config, base, say)
@@ -107,7 +111,7 @@ def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> J
     # here and not only by the trainer: a schedule that cannot be is refused before anything is measured or moved
     adapter.begin(total_steps(config.num_epochs, config.max_steps, loader.steps_per_epoch))
     return Job(
-        config, compute, base, template, prepared, adapter,
+        config, compute, base, template, prepared, adapter, num_base,
         loader=loader, val_loader=_loader(config, prepared.val) if prepared.val else None,
         loss=loss, judge=judge,
     )  # fmt: skip
@@ -117,7 +121,9 @@ def _attach(config: FinetuneConfig, base: Base, say: Callable[[str], None]) -> A
     """The method of the configuration, on the base."""
 
     def encode_text(text: str) -> list[int]:
-        return list(base.tokenizer.encode(Rendered(text, (Span(0, len(text)),), (), False, True)).ids)
+        tokenizer = base.tokenizer
+        front = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+        return front + list(tokenizer.encode(Rendered(text, (Span(0, len(text)),), (), False, True)).ids)
 
     adapter = method_class(config.method).attach(base.model, config, seed=config.seed, encode_text=encode_text)
     for message in adapter.messages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,10 @@ from alpaca_lora.adapters.peft_format import load_adapter, method_of, read_confi
 from alpaca_lora.adapters.record import AdapterRecord
 from alpaca_lora.commands.schemas import MergeConfig
 from alpaca_lora.config import Resolved
+from alpaca_lora.data.classes import some
 from alpaca_lora.device import DTYPES, pick_compute
 from alpaca_lora.errors import AdapterError
+from alpaca_lora.models.classifier import find_score
 from alpaca_lora.models.load import load_base
 
 
@@ -44,7 +47,8 @@ def run(config: MergeConfig, *, resolved: Resolved[MergeConfig], console: Consol
         base, adapter, config.output_dir, compute, record=record, dtype=dtype,
         bound=config.max_logit_difference, max_shard_bytes=int(config.max_shard_gb * 1e9),
     )  # fmt: skip
-    _show(report, record, console)
+    score = find_score(base.model)
+    _show(report, record, () if score is None else score.labels, console)
     return {
         "max_logit_difference": report.max_logit_difference,
         "mean_logit_difference": report.mean_logit_difference,
@@ -56,7 +60,7 @@ def run(config: MergeConfig, *, resolved: Resolved[MergeConfig], console: Consol
     }
 
 
-def _show(report: MergeReport, record: AdapterRecord | None, console: Console) -> None:
+def _show(report: MergeReport, record: AdapterRecord | None, labels: Sequence[str], console: Console) -> None:
     table = Table.grid(padding=(0, 2))
     for label, value in (
         ("merged into", str(report.folder)),
@@ -67,6 +71,9 @@ def _show(report: MergeReport, record: AdapterRecord | None, console: Console) -
     ):
         table.add_row(label, value)
     console.print(table, highlight=False, markup=False)
-    if record is not None and record.template.get("name"):
+    if labels:
+        told = f"a classifier of {some(labels)}: generate and transformers take the labels from its config.json"
+        console.print(told, markup=False, highlight=False)
+    elif record is not None and record.template.get("name"):
         name = record.template["name"]
         console.print(f"its template ({name}) is in the folder: generate takes it from there", markup=False)

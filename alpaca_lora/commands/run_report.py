@@ -47,7 +47,7 @@ def report_run(
     write_report(path, Report(
         title=f"{job.base.name}: {folder.path.name}", summary=summary, log=log, config=resolved.rows(),
         rows=job.prepared.ledger.rows(), moved=method.moved, method=method.lines(), samples=_samples(job),
-        pictures=_pictures(job, state, log),
+        pictures=_pictures(job, state, log), loss_per="row" if config.task == "classification" else "token",
     ))  # fmt: skip
     say(f"report: {path}")
 

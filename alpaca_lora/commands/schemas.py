@@ -55,7 +55,7 @@ class FinetuneConfig(ModelOptions, DataOptions, TextOptions, AdapterOptions, Tra
         if self.task == "classification":
             why |= dict.fromkeys(OF_GENERATION, "task classification does not read it")
         else:
-            why["class_weights"] = "task generation does not read it"
+            why |= dict.fromkeys(("class_weights", "text_template"), "task generation does not read it")
         if not self.val_data_path and not self.val_set_size:
             why["early_stopping_patience"] = "there are no validation rows"
         return why

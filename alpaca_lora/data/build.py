@@ -16,11 +16,12 @@ import numpy as np
 from alpaca_lora.data.cache import EntryWriter, entry_key
 from alpaca_lora.data.classes import LabelNumbers
 from alpaca_lora.data.cleaning import Cleaner, active_rules
+from alpaca_lora.data.columns import LabelKeys, RunColumns
 from alpaca_lora.data.encode import EncodedRow, EncodePolicy, Encoder
 from alpaca_lora.data.encode_labelled import LabelledEncoder
 from alpaca_lora.data.files import OnBytes, inner_suffix
 from alpaca_lora.data.formats import BadRow, Keys, OnNote, read_rows
-from alpaca_lora.data.labelled import LabelKeys, read_labelled
+from alpaca_lora.data.labelled import read_labelled
 from alpaca_lora.data.ledger import Ledger
 from alpaca_lora.data.options import DataOptions
 from alpaca_lora.data.split import normalised_hash, piece_hash, row_hash
@@ -52,6 +53,7 @@ class Recipe:
             options.train_on_turns,
             options.add_eos_token,
             options.over_length,
+            options.text_template,
         )
         if options.task == "classification":
             keys = LabelKeys(options.text_key, options.label_key)
@@ -59,19 +61,22 @@ class Recipe:
             keys = Keys(options.prompt_key, options.input_key, options.response_key)
         return cls(keys, tuple(options.skip_cleaning), options.skip_bad, policy)
 
-    def read(self, path: Path, on_bytes: OnBytes, on_note: OnNote) -> Iterator[Conversation | BadRow]:
+    def read(
+        self, path: Path, on_bytes: OnBytes, on_note: OnNote, run_columns: RunColumns
+    ) -> Iterator[Conversation | BadRow]:
         """The rows of a file, of the task's kind."""
         if isinstance(self.keys, LabelKeys):
-            return read_labelled(path, self.keys, on_bytes, on_note)
+            return read_labelled(path, self.keys, on_bytes, on_note, run_columns)
         return read_rows(path, self.keys, on_bytes, on_note)
 
-    def key(self, hashes: dict[Path, str], encoder: RowEncoder) -> str:
+    def key(self, hashes: dict[Path, str], encoder: RowEncoder, run_columns: RunColumns) -> str:
         """Name of the cache entry. Duplicates are dropped when it is read, so that rule is not in it."""
         rules = [rule for rule in active_rules(self.skip_cleaning) if rule != "duplicates"]
         return entry_key(
             {
                 "files": [[digest, inner_suffix(path)] for path, digest in hashes.items()],
                 "keys": asdict(self.keys),
+                "columns": run_columns.first,
                 "cleaning": rules,
                 "skip_bad": self.skip_bad,
                 **encoder.key_parts(),
@@ -80,12 +85,14 @@ class Recipe:
 
 
 class Builder:
-    """Fills one cache entry from a set of files; use once."""
+    """Fills one cache entry from a set of files; use once. ``run_columns``: of the run's files before these."""
 
     def __init__(
-        self, recipe: Recipe, encoder: RowEncoder, files: Sequence[Path], on_progress: Progress | None
-    ) -> None:
+        self, recipe: Recipe, encoder: RowEncoder, files: Sequence[Path], on_progress: Progress | None,
+        run_columns: RunColumns,
+    ) -> None:  # fmt: skip
         self.recipe, self.encoder, self.files = recipe, encoder, files
+        self._run_columns = RunColumns(run_columns.first)  # a second try after a full disk begins where the first did
         self.ledger = Ledger(files=[str(path) for path in files])
         self.notes: list[tuple[int, str]] = []  # file number, what to tell
         self._cleaner = Cleaner(recipe.skip_cleaning)
@@ -100,7 +107,7 @@ class Builder:
         waiting: list[tuple[int, int, Conversation]] = []
         num_characters = 0
         for number, path in enumerate(self.files):
-            for row in self.recipe.read(path, self._on_bytes, partial(self._note, number)):
+            for row in self.recipe.read(path, self._on_bytes, partial(self._note, number), self._run_columns):
                 self.ledger.rows_in += 1
                 cleaned = self._accept(row, number)
                 if cleaned is None:
@@ -113,7 +120,9 @@ class Builder:
                     waiting.clear()
         self._encode(waiting, writer)
         samples = [_to_record(row) for _, row in sorted(self._samples.items())]
-        meta = {"samples": samples, "notes": self.notes, "labels": self._labels.words}
+        meta = {
+            "samples": samples, "notes": self.notes, "labels": self._labels.words, "columns": self._run_columns.first
+        }  # fmt: skip
         writer.finish(self.ledger, meta)
 
     def _note(self, file: int, text: str) -> None:

@@ -27,7 +27,7 @@ from alpaca_lora.home import home
 
 __all__ = ["DamagedEntry", "EntryWriter", "ExampleTable", "cache_folder", "entry_key", "open_entry"]
 
-FORMAT = 3  # raise it when what is written, or how rows are read, cleaned or encoded, changes
+FORMAT = 4  # raise it when what is written, or how rows are read, cleaned or encoded, changes
 _PARTS = ("tokens.i32", "supervised.u1", "examples.bin", "events.bin", "meta.json")
 _MANIFEST = "MANIFEST.json"
 _STALE_SECONDS = 24 * 3600

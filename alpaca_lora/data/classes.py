@@ -7,18 +7,59 @@ when it is decided which rows train.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from alpaca_lora.data.formats import kind_of
 from alpaca_lora.data.row_set import RowSet
 from alpaca_lora.data.table import ExampleTable
 from alpaca_lora.errors import DataError, nearest
 from alpaca_lora.text.messages import Conversation
 
+LABEL_CHARACTERS = 200
 MAX_LABELS = 10_000
 MAX_SHOWN = 10  # labels named in a message
 LOPSIDED = 10  # times as many rows of one class as of another: worth a message
+_WHOLE = re.compile(r"([+-]?\d+)\.0*")  # 1.0, as tables are written that once had holes
+_TRUTH = ("true", "false")
+
+
+def label_word(value: Any, file: str, line: int, name: str) -> str:
+    """The label of a row as `plain_label` spells it. DataError for what is no label."""
+    expected = "a word or a number"
+    if isinstance(value, bool | int) or (isinstance(value, float) and value == value):
+        return plain_label(str(value))
+    if not isinstance(value, str):
+        what = "is NaN" if isinstance(value, float) else f"is {kind_of(value)}"
+        raise DataError(what, file=file, line=line, field=name, expected=expected)
+    word = value.strip()
+    if not word:
+        raise DataError("is empty", file=file, line=line, field=name, expected=expected)
+    if len(word) > LABEL_CHARACTERS:
+        raise DataError(
+            f"has {len(word):,} characters",
+            file=file,
+            line=line,
+            field=name,
+            expected=f"a label of {LABEL_CHARACTERS} at most",
+            fix="name the column of the labels with label_key",
+        )
+    return plain_label(word)
+
+
+def plain_label(word: str) -> str:
+    """One spelling of what is one label: 1.0 is 1, True and TRUE are true; every other word is itself."""
+    if whole := _WHOLE.fullmatch(word):
+        return whole[1]
+    return word.casefold() if word.casefold() in _TRUTH else word
+
+
+def is_number(word: str) -> bool:
+    """Whether the label is a finite number."""
+    return _value(word) is not None
 
 
 class LabelNumbers:

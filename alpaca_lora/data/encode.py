@@ -39,6 +39,9 @@ class RowTokenizer(Protocol):
     def eos_id(self) -> int | None: ...
 
     @property
+    def pad_id(self) -> int | None: ...
+
+    @property
     def add_bos(self) -> bool: ...
 
     @property
@@ -62,6 +65,7 @@ class EncodePolicy:
     train_on_turns: Literal["all", "last"] = "all"
     add_eos_token: bool = True
     over_length: Literal["truncate", "drop", "error"] = "truncate"
+    text_template: str = "{text}"  # of texts to classify
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ this file.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -36,6 +36,11 @@ class DataOptions(Options):
     text_key: str | None = Field(
         None, min_length=1, description="classification: field or column of the text; a number (from 1) without header"
     )
+    text_template: str = Field(
+        "{text}",
+        description="classification: what stands around each text, for example 'Review: {text} Sentiment:'; the last "
+        "token of the whole is classified",
+    )
     label_key: str | None = Field(
         None, min_length=1, description="classification: field or column of the label; a number (from 1) without header"
     )
@@ -45,11 +50,13 @@ class DataOptions(Options):
     train_on_turns: Literal["all", "last"] = Field("all", description="which responses of a chat to learn")
     add_eos_token: bool = Field(
         True,
-        description="end each response that was not cut with EOS, and learn it; classification: end each text with "
-        "EOS, whose hidden state is classified",
+        description="end each response that was not cut with EOS, and learn it; classification (there false unless "
+        "given): end each text with EOS, whose hidden state is classified",
     )
     over_length: Literal["truncate", "drop", "error"] = Field(
-        "truncate", description="what happens to a row above cutoff_len; what is cut gets no EOS"
+        "truncate",
+        description="what happens to a row above cutoff_len; a response that is cut gets no EOS, a text to classify "
+        "keeps its own",
     )
     skip_cleaning: list[str] = Field([], description=f"cleaning rules to leave out: {', '.join(RULE_NAMES)} or all")
     skip_bad: int = Field(0, ge=0, description="most unreadable rows to pass over; they are written to rejects.jsonl")
@@ -60,6 +67,13 @@ class DataOptions(Options):
     micro_batch_size: int = Field(4, ge=1, description="times cutoff_len: most tokens of one micro-batch")
     data_cache: bool = Field(True, description="keep the encoded rows for the next run")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _task_defaults(cls, data: Any) -> Any:
+        """A text to classify ends with its last token: where PEFT and transformers look for it by themselves."""
+        classifies = isinstance(data, dict) and data.get("task") == "classification"
+        return {"add_eos_token": False, **data} if classifies else data
+
     @model_validator(mode="after")
     def _check_task(self) -> DataOptions:
         foreign = ("prompt_key", "input_key", "response_key")
@@ -69,6 +83,11 @@ class DataOptions(Options):
             if getattr(self, key):
                 fix = "set task to classification" if self.task == "generation" else "give text_key and label_key"
                 raise ConfigError(f"is not a key of task {self.task}", field=key, fix=fix)
+        if self.text_template.count("{text}") != 1:
+            raise ConfigError(
+                f"{self.text_template!r} does not say where the text stands", field="text_template",
+                expected="{text} in it, once",
+            )  # fmt: skip
         if self.text_key and self.text_key == self.label_key:
             raise ConfigError(
                 f"is {self.label_key!r}, as text_key is", field="label_key", expected="another column than the text's"

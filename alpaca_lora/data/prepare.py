@@ -25,6 +25,7 @@ from alpaca_lora.data.classes import (
     tell_classes,
 )
 from alpaca_lora.data.cleaning import DUPLICATES, active_rules
+from alpaca_lora.data.columns import RunColumns
 from alpaca_lora.data.encode import Encoder, RowTokenizer
 from alpaca_lora.data.encode_labelled import LabelledEncoder
 from alpaca_lora.data.files import find_files, hash_file
@@ -83,9 +84,9 @@ def prepare(
     hashes = _hash_all([*train_files, *val_files], on_progress)
     recipe = Recipe.of(options)
     encoder = _encoder(options, recipe, tokenizer, template, system_prompt)
-    messages: list[str] = []
+    messages, run_columns = list[str](), RunColumns()
     opened = [
-        _open_or_build(files, hashes, recipe, encoder, options.data_cache, on_progress, messages)
+        _open_or_build(files, hashes, recipe, encoder, options.data_cache, on_progress, messages, run_columns)
         for files in (train_files, val_files)
         if files
     ]
@@ -169,8 +170,9 @@ def _open_or_build(
     use_cache: bool,
     on_progress: Progress | None,
     messages: list[str],
+    run_columns: RunColumns,
 ) -> RowSet:
-    key = recipe.key({path: hashes[path] for path in files}, encoder)
+    key = recipe.key({path: hashes[path] for path in files}, encoder, run_columns)
     names = [str(path) for path in files]
     from_cache = False
     opened = None
@@ -188,7 +190,7 @@ def _open_or_build(
                 if folder.exists():
                     remove_entry(folder)
                 with EntryWriter(folder) as writer:
-                    Builder(recipe, encoder, files, on_progress).write(writer)
+                    Builder(recipe, encoder, files, on_progress, run_columns).write(writer)
                 opened = open_entry(folder, names)
             except OSError as error:
                 messages.append(
@@ -198,9 +200,10 @@ def _open_or_build(
         with tempfile.TemporaryDirectory(prefix="alpaca-lora-") as temporary:
             folder = Path(temporary) / key
             with EntryWriter(folder) as writer:
-                Builder(recipe, encoder, files, on_progress).write(writer)
+                Builder(recipe, encoder, files, on_progress, run_columns).write(writer)
             opened = open_entry(folder, names, in_memory=True)
     rows, ledger, meta = opened
+    run_columns.first = tuple(meta["columns"]) if meta["columns"] else None
     messages += [f"{names[file]}: {text}" for file, text in meta["notes"]]
     samples = dict(sample_from_record(record) for record in meta["samples"])
     return RowSet(rows, ledger, samples, key, from_cache, np.ones(len(rows), dtype=bool), meta["labels"])
@@ -268,6 +271,8 @@ def _add_messages(options: DataOptions, ledger: Ledger, tokenizer: RowTokenizer,
         if options.task == "classification":
             end = "the last token of each text is classified"
         messages.append(f"the tokenizer has no EOS token: {end}")
+    if options.task == "classification":
+        _add_labelled_messages(options, ledger, tokenizer, messages)
     if ledger.end_share < 1:
         why = []
         if ledger.truncated:
@@ -275,9 +280,22 @@ def _add_messages(options: DataOptions, ledger: Ledger, tokenizer: RowTokenizer,
         if not options.add_eos_token:
             why.append("add_eos_token is false")
         tail = f" ({', '.join(why)})" if why else ""
-        # rounded down: 100.0 % would be a lie
-        share = int(1000 * ledger.end_share) / 10
-        messages.append(f"{share:.1f} % of the rows end with EOS or an end-of-turn token{tail}")
+        messages.append(f"{_percent(ledger.end_share)} of the rows end with EOS or an end-of-turn token{tail}")
+
+
+def _add_labelled_messages(options: DataOptions, ledger: Ledger, tokenizer: RowTokenizer, messages: list[str]) -> None:
+    if options.add_eos_token and tokenizer.eos_id is not None and tokenizer.eos_id == tokenizer.pad_id:
+        messages.append(
+            "EOS, which is classified, is the tokenizer's padding too: PEFT and transformers read the last token that "
+            "is no padding, another one, until the model's config.pad_token_id is another id (merge writes one)"
+        )
+    if ledger.truncated:
+        shown = f"{ledger.truncated:,} of the texts ({_percent(ledger.truncated / ledger.kept)})"
+        messages.append(f"{shown} are above cutoff_len {options.cutoff_len:,}: only their beginning is read")
+
+
+def _percent(share: float) -> str:
+    return f"{int(1000 * share) / 10:.1f} %"  # rounded down: 100.0 % would be a lie
 
 
 def _samples(source: RowSet, is_val_N: np.ndarray) -> tuple[Conversation, ...]:

@@ -5,14 +5,14 @@ Knows ids and labels; how a text becomes ids is `data.encode_labelled`, as in tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from alpaca_lora.data.encode import EncodePolicy
 from alpaca_lora.data.encode_labelled import question_ids
-from alpaca_lora.data.packing import pack_by_length
+from alpaca_lora.data.packing import ROUND_TO, pack_by_length
 from alpaca_lora.models.attention import Packed
 from alpaca_lora.models.classifier import class_logits
 from alpaca_lora.models.decoder import CausalLM
@@ -33,25 +33,37 @@ class Classification:
 
 @torch.inference_mode()
 def classify(
-    model: CausalLM, tokenizer: Tokenizer, texts: Sequence[str], labels: Sequence[str], policy: EncodePolicy
-) -> list[Classification]:
-    """One `Classification` for each text, in their order. UserError for a text of which cleaning leaves nothing.
+    model: CausalLM, tokenizer: Tokenizer, texts: Sequence[str], labels: Sequence[str], policy: EncodePolicy,
+    skip_cleaning: Collection[str] = (),
+) -> list[Classification | None]:  # fmt: skip
+    """One `Classification` for each text, in their order; None for a text of which cleaning leaves nothing.
 
-    ``labels``: names of the head's outputs in their order; ``policy``: how rows were cut and ended in training.
+    ``labels``: names of the head's outputs in their order; ``policy``, ``skip_cleaning``: how rows were cut, ended and
+    cleaned in training.
     """
-    device = next(model.parameters()).device
-    asked = [question_ids(text, tokenizer, policy) for text in texts]
-    lengths = [len(ids) for ids, _ in asked]
-    found: dict[int, Classification] = {}
-    for group in pack_by_length(lengths, TOKENS_AT_ONCE):
-        members = [int(member) for member in group]
-        own = [lengths[member] for member in members]
-        ids_T = torch.tensor([token for member in members for token in asked[member][0]], device=device)
-        positions_T = torch.cat([torch.arange(length, device=device) for length in own])
-        hidden_TD = model(ids_T, positions_T, Packed(own))
-        last_N = torch.tensor(own, device=device).cumsum(0) - 1
-        for member, shares in zip(members, class_logits(model, hidden_TD[last_N]).softmax(-1).tolist(), strict=True):
+    asked = question_ids(texts, tokenizer, policy, skip_cleaning)
+    places = [place for place, one in enumerate(asked) if one is not None]
+    rows = [one for one in asked if one is not None]
+    found: list[Classification | None] = [None] * len(texts)
+    for group in pack_by_length([len(ids) for ids, _ in rows], TOKENS_AT_ONCE):
+        for member, shares in zip(group, _shares(model, [rows[member][0] for member in group]), strict=True):
             ranked = sorted(zip(shares, labels, strict=True), key=lambda pair: -pair[0])
             probabilities = {label: share for share, label in ranked}
-            found[member] = Classification(ranked[0][1], probabilities, lengths[member], asked[member][1])
-    return [found[number] for number in range(len(texts))]
+            ids, truncated = rows[member]
+            found[places[member]] = Classification(ranked[0][1], probabilities, len(ids), truncated)
+    return found
+
+
+def _shares(model: CausalLM, rows: Sequence[list[int]]) -> list[list[float]]:
+    """The probabilities of all labels for each row; the rows go through the model as one stream, rounded up by a last
+    segment that nobody reads, as in training.
+    """
+    device = next(model.parameters()).device
+    own = [len(ids) for ids in rows]
+    missing = -sum(own) % ROUND_TO
+    lengths = [*own, missing] if missing else own
+    ids_T = torch.tensor([*(token for ids in rows for token in ids), *[0] * missing], device=device)
+    positions_T = torch.cat([torch.arange(length, device=device) for length in lengths])
+    hidden_TD = model(ids_T, positions_T, Packed(lengths))
+    last_N = torch.tensor(own, device=device).cumsum(0) - 1
+    return class_logits(model, hidden_TD[last_N]).softmax(-1).tolist()

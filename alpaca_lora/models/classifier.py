@@ -69,6 +69,17 @@ def class_logits(model: CausalLM, hidden_ND: torch.Tensor) -> torch.Tensor:
     return score(hidden_ND.float())
 
 
+def refuse_classifier(model: CausalLM) -> None:
+    """ConfigError when the base is a classifier: its file holds no head over tokens, so it cannot learn to answer."""
+    if (score := find_score(model)) is not None:
+        raise ConfigError(
+            f"is a classifier of {len(score.labels)} classes, which writes no text",
+            field="base_model",
+            expected="a model with a head over tokens",
+            fix="set task to classification, or give the model that it was made of",
+        )
+
+
 def default_labels(num_labels: int) -> tuple[str, ...]:
     """Names for labels without names, as Hugging Face has them."""
     return tuple(f"LABEL_{number}" for number in range(num_labels))
@@ -99,8 +110,10 @@ def read_labels(config: Mapping[str, Any], num_labels: int, *, file: str | PathL
     return tuple(table[number] for number in wanted)
 
 
-def classifier_config(config: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """The keys of a causal model's config.json, as those of a classifier with these labels."""
+def classifier_config(config: Mapping[str, Any], labels: Sequence[str], pad_id: int | None) -> dict[str, Any]:
+    """The keys of a causal model's config.json, as those of a classifier with these labels. ``pad_id``: `padding_id`
+    of its tokenizer; None is written too, because transformers reads the last token then.
+    """
     names = [str(name).replace("ForCausalLM", "ForSequenceClassification") for name in config["architectures"]]
     return {
         **config,
@@ -108,7 +121,18 @@ def classifier_config(config: Mapping[str, Any], labels: Sequence[str]) -> dict[
         "id2label": {str(number): label for number, label in enumerate(labels)},
         "label2id": {label: number for number, label in enumerate(labels)},
         "problem_type": "single_label_classification",
+        "pad_token_id": pad_id,
     }
+
+
+def padding_id(special_tokens: Mapping[str, int], pad_id: int | None, classified_id: int | None) -> int | None:
+    """The id that pads texts to classify. Transformers and PEFT classify the last token that is no padding, so it must
+    not be ``classified_id``, the EOS that ends every text (None: texts end with their own last token). Where it is,
+    the first of ``special_tokens`` (name -> id) that is not; None without one: then no texts can be padded.
+    """
+    if pad_id is None or pad_id != classified_id:
+        return pad_id
+    return next((index for index in special_tokens.values() if index != classified_id), None)
 
 
 def expect_score(

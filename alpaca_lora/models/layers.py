@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std * weight + bias, over the last axis."""
+    """(x - mean) / std * weight + bias, over the last axis; in float32 inside where the weights are while x is not."""
 
     def __init__(self, width: int, eps: float, *, dtype: torch.dtype | None = None, device: Device = None) -> None:
         super().__init__()
@@ -60,7 +60,10 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x_TD, (x_TD.shape[-1],), self.weight, self.bias, self.eps)
+        weight, bias = self.weight, self.bias
+        dtype = torch.promote_types(x_TD.dtype, torch.promote_types(weight.dtype, bias.dtype))
+        y_TD = F.layer_norm(x_TD.to(dtype), (x_TD.shape[-1],), weight.to(dtype), bias.to(dtype), self.eps)
+        return y_TD.to(x_TD.dtype)
 
 
 class Attention(nn.Module):

@@ -47,7 +47,8 @@ class Linear(nn.Module):
         )
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return F.linear(x_TD, self.weight, self.bias)
+        # a trained bias is float32 beside a weight in bfloat16
+        return F.linear(x_TD, self.weight, None if self.bias is None else self.bias.to(self.weight.dtype))
 
     def dense_weight(self) -> torch.Tensor:
         return self.weight

@@ -43,6 +43,8 @@ class ClassificationLoss:
     def __init__(self, weights: Sequence[float] | None = None) -> None:
         """``weights``: one per class; None: all 1."""
         self._weight_C = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        self._figure = "accuracy" if weights is None else "macro_f1"  # what the best step has most of
+        self.criterion = "validation accuracy" if weights is None else "validation macro-F1"
 
     def __call__(self, model: CausalLM, batch: Batch, num_supervised: int) -> torch.Tensor:
         return self._sum(predict(model, batch), batch) / num_supervised
@@ -66,7 +68,7 @@ class ClassificationLoss:
         """Lower is better: a higher accuracy, or with weights a higher macro-F1, because who asks that every class
         counts the same wants that measured; of equal ones the lower loss.
         """
-        return [-figures["accuracy" if self._weight_C is None else "macro_f1"], loss]
+        return [-figures[self._figure], loss]
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ class Loss(Protocol):
 class Judge(Protocol):
     """How a validation batch is judged. Losses are summed by the trainer; ``measure`` runs the model once."""
 
+    criterion: str  # what `rank` looks at first, in words: no better ... in 3 evaluations
+
     def measure(self, model: Any, batch: Batch) -> tuple[float, Any]:
         """(summed loss, what `figures` needs of this batch)."""
         ...
@@ -39,6 +41,8 @@ class Judge(Protocol):
 
 class LossOnly:
     """The judge of generation: the loss says it all."""
+
+    criterion = "validation loss"
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss

@@ -16,19 +16,33 @@ from alpaca_lora.adapters.base import Adapter
 
 @dataclass(frozen=True)
 class MethodReport:
-    """moved: module -> norm of its change; facts: what the method says of itself (name, value)."""
+    """num_started: parameters that were trained at first; num_trained: those that were left in the end (AdaLoRA shrinks
+    its own); num_base: the base model's alone. moved: module -> norm of its change; norms: (module, part) -> norm of
+    that part (lora_A, lora_B, a magnitude) before the first step and at the end, None for a start that nobody noted.
+    facts: what the method says of itself (name, value).
+    """
 
     method: str
+    num_started: int
     num_trained: int
     num_base: int
     moved: Mapping[str, float]
+    norms: Mapping[tuple[str, str], tuple[float | None, float]]
     facts: tuple[tuple[str, str], ...]
 
     @classmethod
     def of(cls, adapter: Adapter, num_base: int) -> MethodReport:
-        """Of an adapter that was trained on a base with ``num_base`` parameters."""
+        """Of an adapter after its run, on a base that had ``num_base`` parameters without it."""
         num_trained = sum(parameter.numel() for _, parameter in adapter.trained_parameters())
-        return cls(adapter.method, num_trained, num_base, adapter.moved(), tuple(adapter.facts()))
+        started = {} if adapter.movement is None else adapter.movement.norms
+        norms = {
+            (module, part): (started.get((module, part)), float(parameter.detach().double().norm()))
+            for module, part, parameter in adapter.parts()
+        }
+        return cls(
+            adapter.method, adapter.num_trained or num_trained, num_trained, num_base, adapter.moved(), norms,
+            tuple(adapter.facts()),
+        )  # fmt: skip
 
     def kinds(self) -> list[tuple[str, int, float, float, float]]:
         """(kind of module, how many, smallest, mean and largest norm of change), in the model's order."""
@@ -37,14 +51,27 @@ class MethodReport:
             groups.setdefault(name.rpartition(".")[2], []).append(norm)
         return [(kind, len(n), min(n), sum(n) / len(n), max(n)) for kind, n in groups.items()]
 
+    def parts(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """Kind of module -> part -> means of its norms at the start and at the end."""
+        groups: dict[tuple[str, str], list[tuple[float | None, float]]] = {}
+        for (module, part), pair in self.norms.items():
+            groups.setdefault((module.rpartition(".")[2], part), []).append(pair)
+        found: dict[str, dict[str, dict[str, float | None]]] = {}
+        for (kind, part), pairs in groups.items():
+            starts = [start for start, _ in pairs if start is not None]
+            found.setdefault(kind, {})[part] = {
+                "start": sum(starts) / len(starts) if starts else None,
+                "end": sum(end for _, end in pairs) / len(pairs),
+            }
+        return found
+
     def lines(self) -> list[tuple[str, str]]:
         """(name, value) for the report's page."""
-        share = self.num_trained / max(1, self.num_base)
-        return [
-            ("method", self.method),
-            ("trained parameters", f"{self.num_trained:,} ({share:.2%} of the base's)"),
-            *self.facts,
-        ]
+        share = self.num_started / max(1, self.num_base)
+        trained = f"{self.num_started:,} ({share:.2%} of the base's {self.num_base:,})"
+        if self.num_trained != self.num_started:
+            trained += f", {self.num_trained:,} of them left at the end"
+        return [("method", self.method), ("trained parameters", trained), *self.facts]
 
     def headline(self) -> str:
         """For the terminal, above the table."""
@@ -62,7 +89,9 @@ class MethodReport:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "method": self.method, "trained_parameters": self.num_trained, **dict(self.facts),
+            "method": self.method, "trained_parameters": self.num_started,
+            "trained_parameters_at_the_end": self.num_trained, "base_parameters": self.num_base, **dict(self.facts),
             "moved": {kind: {"modules": count, "min": low, "mean": mean, "max": high}
                       for kind, count, low, mean, high in self.kinds()},
+            "norms": self.parts(),
         }  # fmt: skip

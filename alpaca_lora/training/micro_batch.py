@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from alpaca_lora.data.examples import Batch, StepBatch
+from alpaca_lora.data.packing import ROUND_TO
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
@@ -19,11 +20,6 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
         if isinstance(value := getattr(batch, field.name), torch.Tensor)
     }
     return dataclasses.replace(batch, **moved)
-
-
-# Processors' product kernels are compiled for each number of rows: a stream of every length kept 25 MB a step of them,
-# and spent a tenth of its time on compiling.
-ROUND_TO = 64
 
 
 def rounded_up(batch: Batch) -> Batch:

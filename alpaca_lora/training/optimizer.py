@@ -17,6 +17,7 @@ from itertools import groupby
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from alpaca_lora.adapters.base import Kept
 from alpaca_lora.errors import ModelFileError
@@ -25,6 +26,7 @@ ALIGNMENT = 16  # floats: each view begins on a 64-byte line, as a tensor of its
 # floats updated at a time: the four buffers' parts stay in the cache, and the only temporary is as small. 134M floats
 # on two cores took 0.15 s so, and 0.44 s in one piece
 CHUNK = 2**19
+HOOK = "_flat_adamw_hook"  # attribute of a parameter that is no view: the hook of the optimizer that owns it
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,8 @@ class FlatAdamW:
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p = p (1 - lr decay) - lr m' / (sqrt(v') + eps), primes
     bias-corrected. ``ratio``: parameter name -> its learning rate over the step's (LoRA+).
 
-    Takes the given parameters over; who moves one afterwards (``module.to(...)``) takes it out of the optimizer's
-    reach, which `step` notices. ``updates`` counts the steps taken.
+    Takes the given parameters over, from an older one too if there is; who moves one afterwards (``module.to(...)``)
+    takes it out of the optimizer's reach, which `step` notices. ``updates`` counts the steps taken.
     """
 
     def __init__(
@@ -82,11 +84,12 @@ class FlatAdamW:
         self._weights, self._grads, self._mean, self._square = (
             torch.zeros(_end(slots), dtype=torch.float32, device=device) for _ in range(4)
         )
+        self._hooks: dict[str, RemovableHandle] = {}
         for slot in slots:
             slot.view(self._weights).copy_(slot.parameter.detach())
             if not slot.is_view:
                 slot.parameter.grad = None
-                slot.parameter.register_post_accumulate_grad_hook(_collector(weakref.ref(self), slot.name))
+                self._hooks[slot.name] = _take_over(slot.parameter, _collector(weakref.ref(self), slot.name))
         self._place(slots)
 
     def _place(self, slots: list[_Slot]) -> None:
@@ -146,6 +149,13 @@ class FlatAdamW:
         """(name, parameter) in the order given."""
         return [(name, self._slots[name].parameter) for name in self._names]
 
+    def ratios(self) -> dict[str, float]:
+        """Parameter name -> the factor of the learning rate that a step uses for it."""
+        found = {}
+        for name, slot in self._slots.items():
+            found[name] = next((r for first, end, r in self._runs if first <= slot.start < end), slot.ratio)
+        return found
+
     def zero_grad(self) -> None:
         self._grads.zero_()
         for slot in self._slots.values():
@@ -169,6 +179,8 @@ class FlatAdamW:
         """One update of all parameters with the gradient as it stands."""
         for slot in self._slots.values():
             assert slot.parameter.data_ptr() == slot.address, f"{slot.name} was moved"
+            owned = slot.is_view or getattr(slot.parameter, HOOK, None) is self._hooks[slot.name]
+            assert owned, f"{slot.name} was taken over by another optimizer"
         self.updates += 1
         for start, end, ratio in self._runs:
             for first in range(start, end, CHUNK):
@@ -253,3 +265,12 @@ def _collector(optimizer: weakref.ref[FlatAdamW], name: str) -> Callable[[torch.
             alive.collect(name)
 
     return collect
+
+
+def _take_over(parameter: nn.Parameter, collect: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    """Let this hook collect the parameter's gradient in the place of an older optimizer's, which would take it away."""
+    if (older := getattr(parameter, HOOK, None)) is not None:
+        older.remove()
+    handle = parameter.register_post_accumulate_grad_hook(collect)
+    setattr(parameter, HOOK, handle)
+    return handle

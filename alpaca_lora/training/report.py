@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,7 +36,7 @@ class SampleAnswer:
 class Report:
     """What the page shows. summary, config: (name, value, note); log: the records of metrics.jsonl; moved: module ->
     norm of its update; rows: the ledger's (what, how many, note); method: what the method did (name, value); pictures:
-    (heading, picture), for example ranks over time or a confusion matrix."""
+    (heading, picture), for example ranks over time or a confusion matrix; loss_per: what the loss is a mean over."""
 
     title: str
     summary: Sequence[tuple[str, str, str]]
@@ -47,6 +47,7 @@ class Report:
     samples: Sequence[SampleAnswer] = field(default_factory=list)
     method: Sequence[tuple[str, str]] = ()
     pictures: Sequence[tuple[str, Figure]] = ()
+    loss_per: Literal["token", "row"] = "token"
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -54,7 +55,7 @@ def write_report(path: Path, report: Report) -> None:
     source = resources.files("alpaca_lora.training").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True).from_string(source)
     text = page.render(
-        report=report, loss_picture=_png(loss_figure(report.log)), moved_picture=_moved(report.moved),
+        report=report, loss_picture=_png(loss_figure(report.log, report.loss_per)), moved_picture=_moved(report.moved),
         pictures=[(heading, _png(figure)) for heading, figure in report.pictures],
     )  # fmt: skip
     replace_file(path, text.encode())
@@ -69,8 +70,10 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return result
 
 
-def loss_figure(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training loss of each step, its running mean, validation loss; the learning rate below."""
+def loss_figure(log: Sequence[Mapping[str, Any]], loss_per: str = "token") -> Figure:
+    """Training loss of each step, its running mean, validation loss; the learning rate below. ``loss_per``: what the
+    loss is a mean over.
+    """
     train = [(r["step"], r["train_loss"], r["learning_rate"]) for r in log if "train_loss" in r]
     validation = [(r["step"], r["val_loss"]) for r in log if "val_loss" in r]
     figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
@@ -83,7 +86,7 @@ def loss_figure(log: Sequence[Mapping[str, Any]]) -> Figure:
     if validation:
         steps, losses = zip(*validation, strict=True)
         upper.plot(steps, losses, color=VALIDATION, marker="o", markersize=4, linewidth=1.5, label="validation")
-    upper.set_ylabel("loss per token (nats)")
+    upper.set_ylabel(f"loss per {loss_per} (nats)")
     lower.set_ylabel("learning rate")
     lower.set_xlabel("optimizer step")
     for axes in (upper, lower):

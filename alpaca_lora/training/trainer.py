@@ -29,7 +29,7 @@ from alpaca_lora.errors import MachineError, ModelFileError, NumericalError, Sto
 from alpaca_lora.kernels.dropout import row_keys
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.training.checkpoint import LOG, STATE, TENSORS, Checkpoint, verify
-from alpaca_lora.training.guards import check_acted, gradients_watched, not_finite
+from alpaca_lora.training.guards import FrozenCheck, check_acted, gradients_watched, not_finite
 from alpaca_lora.training.identity import RunIdentity
 from alpaca_lora.training.loss import Judge, Loss, LossOnly
 from alpaca_lora.training.metrics import MetricsLog
@@ -102,6 +102,7 @@ class Trainer:
 
         Raises Stopped after a signal, the last completed step saved; NumericalError; MachineError (disk, memory).
         """
+        frozen = FrozenCheck(self.model)
         try:
             self._evaluate_and_save()  # what a signal cut off, in a resumed run
             while self.state.step < self.total_steps and not self.state.stopped_early:
@@ -113,7 +114,8 @@ class Trainer:
             self.adapter.set_rows(None)  # whoever asks the model next is not training
         self._save_now()
         self._take_best_weights()
-        check_acted(self.adapter, self.state.step)
+        check_acted(self.adapter, self.state.step, self.optimizer)
+        frozen.check()
         return self.state
 
     def train_step(self) -> None:
@@ -268,7 +270,7 @@ class Trainer:
         self.progress.say(f"step {state.step}: validation loss {loss:.4f}{shown}" + (" (best)" if is_best else ""))
         if state.stopped_early:
             self.progress.say(
-                f"no better validation loss in {state.evaluations_since_best} evaluations: stopping early"
+                f"no better {self.judge.criterion} in {state.evaluations_since_best} evaluations: stopping early"
             )
         return is_best
 

@@ -77,21 +77,24 @@ def test_a_module_without_rank_is_its_base() -> None:
     assert layer.change() == 0 and layer.rank == 0
 
 
-def test_what_is_kept_for_inference_follows_the_weights() -> None:
-    layer = make_layers(torch.float32, 0.0)[0]
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_is_kept_for_inference_follows_the_weights(trained: bool) -> None:
+    """Of factors that are trained nothing is kept: the optimizer writes where no version counts."""
+    layer = make_layers(torch.float32, 0.0)[0].requires_grad_(trained)
     assert isinstance(layer, AdaLoRALinear)
     x = torch.randn(4, 13)
     with torch.no_grad():
         before = layer(x)
-        assert layer.down() is layer.down()  # made once
+        assert (layer.down() is layer.down()) is not trained  # made once
         layer.lora_E.mul_(2)
         assert not torch.equal(layer(x), before)
-        layer.lora_E.data.mul_(0.5)  # as the optimizer does, which no version counts
-        layer.weights_changed()
+        layer.lora_E.data.mul_(0.5)
+        if not trained:
+            layer.weights_changed()
         assert torch.equal(layer(x), before)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), before)
-    assert layer(x).requires_grad
+    assert layer(x).requires_grad is trained
 
 
 def test_change_is_the_norm_of_the_dense_update() -> None:

@@ -105,28 +105,61 @@ def test_the_norm_is_kept_for_decoding_and_never_stale(options: Make) -> None:
     def right() -> bool:
         return torch.allclose(layer(x), plain_formula(x, layer, 0.0), atol=1e-4)
 
-    with torch.no_grad():
-        asked = layer.base.asked
-        assert right() and right() and right() and layer.base.asked == asked + 1
-        layer.lora_B.mul_(3.0)  # torch counts its own writes
-        assert right() and layer.base.asked == asked + 2
-        layer.lora_A.data = layer.lora_A.data * 2  # behind torch's back, as a flat optimizer does
-        assert not right()  # the negative control: kept
-        layer.weights_changed()
-        assert right()
-    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)  # somebody's own loop: no set_rows
-    for _ in range(3):
+    # somebody's own loop, of `adapt` or without it: nobody says when weights change, and torch does not always know
+    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)
+    for automatic in (False, True):
+        rows.automatic = automatic
+        layer.eval()  # no dropout
         layer(x).square().sum().backward()
         optimizer.step()
         with torch.no_grad():
             assert right()
+            layer.lora_B.mul_(1.5)
+            assert right()
+            layer.lora_A.data.mul_(1.5)  # behind torch's back
+            assert right()
+            layer.lora_A.data = layer.lora_A.data * 1.5
+            assert right()
     # a training step of ours: told of every change, so that a layer that runs again pays nothing
-    rows.keys_T = KEYS[:1]
+    rows.automatic, rows.keys_T = False, KEYS[:1]
     layer.weights_changed()
     asked = layer.base.asked
     layer(x)
     layer(x)
     assert layer.base.asked == asked + 1
+    # an adapter that is used and not trained
+    rows.keys_T = None
+    layer.requires_grad_(False)
+    layer.weights_changed()
+    asked = layer.base.asked
+    assert right() and right() and right() and layer.base.asked == asked + 1
+    layer.lora_B.mul_(3.0)  # torch counts its own writes
+    assert right() and layer.base.asked == asked + 2
+
+
+def test_our_trainer_keeps_the_norm_while_it_samples(options: Make) -> None:
+    adapter = Dora.attach(tiny_model(), options(), seed=0)
+    layer = next(iter(adapter.layers.values()))
+    asked: list[int] = []
+    squares = layer.squares
+    layer.squares = lambda: asked.append(1) or squares()
+    with torch.no_grad():
+        for told, count in ((False, 2), (True, 1)):  # the control first: not told, computed each time
+            if told:
+                adapter.set_rows(KEYS)
+            adapter.set_rows(None)
+            asked.clear()
+            layer(torch.randn(3, 32))
+            layer(torch.randn(3, 32))
+            assert len(asked) == count
+
+
+def test_what_was_kept_does_not_outlive_a_move(options: Make) -> None:
+    layer = make_layer(3, 10, 2.0, DropoutRows(0.0)).requires_grad_(False)
+    assert layer.inverse_norm() is layer.inverse_norm()
+    model = nn.Sequential(layer)
+    model.to("meta")  # any other device
+    assert layer.inverse_norm().is_meta
 
 
 def test_what_inference_mode_kept_serves_outside_of_it() -> None:

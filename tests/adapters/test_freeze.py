@@ -99,7 +99,9 @@ def test_other_models(options: Make) -> None:
     neo = ours_from(hf_model("gpt-neo"))
     assert layer_names(neo) == [f"transformer.h.{n}" for n in range(3)] and final_norms(neo) == ["transformer.ln_f"]
     user = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    assert trained_modules(frozen(user, options(trained_modules=["2"]))) == {"2"}
+    adapter = frozen(user, options(trained_modules=["2"]))
+    assert trained_modules(adapter) == {"2"}
+    adapter.remove()
     with pytest.raises(ConfigError, match="train_last_layers: 2 of 0 layers, expected at most 0, name trained_modules"):
         frozen(user, options())
 
@@ -189,6 +191,26 @@ def test_facts_say_how_much_and_how_far(options: Make) -> None:
     assert facts["trained weights"].startswith(f"{count:,} of {model.num_parameters():,}, ")
     assert facts["layers without a backward pass"] == "2 of 3"
     assert "model." in facts["largest change"] and not facts["largest change"].startswith("0.00%")
+
+
+def test_what_started_at_zero_has_no_share(options: Make) -> None:
+    """Biases often do: a change of infinitely many percent says nothing."""
+    user = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    nn.init.zeros_(user[0].weight)
+    nn.init.zeros_(user[0].bias)
+    adapter = frozen(user, options(trained_modules=["0", "1"]))
+    train_a_little(adapter)
+    facts = dict(adapter.facts())
+    assert "inf" not in facts["largest change"] and facts["largest change"].endswith("of its norm, 1")
+    assert facts["from zero"].startswith("1 modules")
+    adapter.remove()
+    assert "from zero" not in dict(frozen(user, options(trained_modules=["1"])).facts())
+
+
+def test_errors_name_the_option_that_the_user_gave(options: Make) -> None:
+    user = nn.ModuleDict({"out": nn.Linear(2, 2), "fc_out": nn.Linear(2, 2)})
+    with pytest.raises(ConfigError, match=r"^trained_modules: PEFT would take fc_out for out"):
+        frozen(user, options(trained_modules=[r"out"]))
 
 
 # ---- PEFT's form

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from alpaca_lora.adapters.lora import Lora
+from alpaca_lora.adapters.lora import Lora, effective_rank, read_pattern
 from alpaca_lora.adapters.lora_linear import DropoutRows, LoRALinear, initial_A
 from alpaca_lora.errors import AdapterError, ConfigError, MachineError, NumericalError
 from alpaca_lora.kernels.dropout import DropoutKey, keep_mask
@@ -311,3 +311,74 @@ def test_matrices_that_cannot_be_held_are_not_made(options: Make, monkeypatch: p
     with pytest.raises(MachineError, match=r"lora_r: the adapter's matrices need .* GB"):
         Lora.attach(model, options(), seed=0)
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+# ---- the proof that it acted
+
+
+def steps(adapter: Lora, num_steps: int, still: str | None = None) -> None:
+    """What a run would leave, step by step; but for the parameters whose key ends with ``still``."""
+    adapter.begin(num_steps)
+    for step in range(num_steps):
+        kept = {k: p.detach().clone() for k, p in adapter.trained_parameters() if still and k.endswith(still)}
+        train_a_little(adapter, seed=step)
+        with torch.no_grad():
+            for key, parameter in adapter.trained_parameters():
+                parameter.copy_(kept.get(key, parameter))
+        adapter.after_step(step)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_a_factor_that_stood_still_is_noticed(options: Make, part: str) -> None:
+    adapter = Lora.attach(tiny_model(), options(), seed=0)
+    steps(adapter, 4, still=f"v_proj.{part}.weight")
+    with pytest.raises(NumericalError, match=rf"{part} did not move in 2 modules .*layers\.0\.self_attn\.v_proj"):
+        adapter.check_acted()
+    adapter = Lora.attach(tiny_model(), options(), seed=0)
+    steps(adapter, 4)
+    adapter.check_acted()
+
+
+def test_a_scale_that_is_not_the_file_s_is_noticed(options: Make) -> None:
+    """rsLoRA that was trained as LoRA, say."""
+    plain = Lora.attach(tiny_model(), options(), seed=0)
+    stable = Lora.attach(tiny_model(), options(use_rslora=True), seed=0)
+    for adapter in (plain, stable):
+        adapter.check_acted()
+    stable.layers["model.layers.1.self_attn.q_proj"].scale = plain.layers["model.layers.1.self_attn.q_proj"].scale
+    with pytest.raises(NumericalError, match=r"layers\.1\.self_attn\.q_proj: was trained with a scale of 2, .* says 4"):
+        stable.check_acted()
+
+
+def test_the_report_says_what_scale_which_rates_and_which_ranks(options: Make) -> None:
+    def facts(**changes: Any) -> dict[str, str]:
+        adapter = Lora.attach(tiny_model(), options(**changes), seed=0)
+        train_a_little(adapter)
+        return dict(adapter.facts())
+
+    assert facts()["scale"] == "2 = alpha / rank" and "learning rate of lora_B" not in facts()
+    assert facts(use_rslora=True)["scale"] == "4 = alpha / sqrt(rank), rank-stabilized"
+    assert facts(rank_pattern=["q_proj=2"])["scale"] == "2 to 4 = alpha / rank"
+    assert facts(lora_plus_ratio=16)["learning rate of lora_B"] == "16 times that of lora_A (LoRA+)"
+    assert facts()["effective rank"].endswith("of 4, mean over modules")
+    assert "of 2 to 4, " in facts(rank_pattern=["q_proj=2"])["effective rank"]
+    assert "of 16, " in facts(lora_r=20, lora_target_modules=["k_proj"])["effective rank"]  # it has no more
+
+
+def test_effective_rank() -> None:
+    layer: Any = make_layers(torch.float32, 0.0)[2]
+    a, _ = torch.linalg.qr(torch.randn(13, 5))
+    b, _ = torch.linalg.qr(torch.randn(7, 5))
+    layer.lora_A.data, layer.lora_B.data = a.t().contiguous(), b
+    assert effective_rank(layer) == pytest.approx(5)
+    layer.lora_B.data[:, 2:] = 0
+    assert effective_rank(layer) == pytest.approx(2)
+    layer.lora_B.data.zero_()
+    assert effective_rank(layer) == 0
+
+
+def test_a_pattern_given_twice_is_refused() -> None:
+    assert read_pattern(["q_proj=4", "v_proj=4"], "rank_pattern", int) == {"q_proj": 4, "v_proj": 4}
+    for entries in (["q_proj=4", "q_proj=8"], ["q_proj=4", "v_proj=2", "q_proj=4"]):
+        with pytest.raises(ConfigError, match=r"rank_pattern: q_proj is given twice: 4 and [48], keep one"):
+            read_pattern(entries, "rank_pattern", int)

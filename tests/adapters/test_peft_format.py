@@ -270,7 +270,7 @@ def test_keys_shapes_and_values_are_checked_before_the_model_is_touched(
         ({"use_dora": True}, r"missing .*lora_magnitude_vector"),
         ({"modules_to_save": ["lm_head"]}, r"missing base_model\.model\.lm_head\.weight"),
         ({"modules_to_save": ["nothing"]}, "modules_to_save: 'nothing' names no module"),
-        ({"bias": "lora_only"}, "bias: 'lora_only' is not supported yet"),
+        ({"bias": "lora_only"}, "bias: 'lora_only' is not supported, expected none"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa_niter_4"}, "takes a part out of the base weights"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),

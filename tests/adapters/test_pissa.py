@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from alpaca_lora.adapters import pissa
-from alpaca_lora.adapters.lora import Lora
+from alpaca_lora.adapters.lora import Lora, effective_rank, possible_rank
 from alpaca_lora.adapters.lora_config import Setting
 from alpaca_lora.adapters.peft_format import load_adapter, save_adapter
 from alpaca_lora.adapters.pissa import Pissa, principal_factors
@@ -153,7 +153,8 @@ def test_moved_is_the_norm_of_the_update_and_zero_at_the_start(options: Make) ->
     adapter.check_acted()
     for name, change in adapter.moved().items():
         layer = adapter.layers[name]
-        update = (layer.merged_weight() - layer.base.weight) / layer.scale
+        assert layer.scale == 2.0
+        update = layer.merged_weight() - layer.base.weight
         assert change == pytest.approx(float(update.norm()), rel=1e-4)
     adapter.layers["model.layers.0.mlp.up_proj"].lora_A.data.copy_(
         adapter.layers["model.layers.0.mlp.up_proj"].constant[0]
@@ -198,6 +199,22 @@ def test_the_report_says_how_much_of_the_base_was_principal(options: Make) -> No
     nn.init.orthogonal_(net[0].weight)  # pyright: ignore[reportArgumentType]
     adapter = Pissa.attach(net, options(lora_target_modules=["0"], lora_r=3), seed=0)
     assert dict(adapter.facts())["principal part"].startswith("50.0 %")
+
+
+@pytest.mark.parametrize("changes", [{"lora_alpha": 600_000}, {"alpha_pattern": ["v_proj=600000"]}])
+def test_what_the_saved_lora_could_not_be_is_refused_before_the_run(options: Make, changes: dict[str, Any]) -> None:
+    model = tiny_model()
+    with pytest.raises(ConfigError, match=r"saved as a LoRA of twice the rank, whose .* at most 1e\+06"):
+        Pissa.attach(model, options(**changes), seed=0)
+    assert not list(model.named_buffers())
+    Lora.attach(model, options(**changes), seed=0)  # which doubles nothing
+
+
+def test_the_report_counts_the_directions_that_an_update_can_have(options: Make) -> None:
+    adapter = Pissa.attach(tiny_model(), options(rank_pattern=["v_proj=2"]), seed=0)
+    assert dict(adapter.facts())["effective rank"].startswith("0.0 of 4 to 8")
+    train_a_little(adapter)
+    assert all(1 < effective_rank(layer) <= possible_rank(layer) for layer in adapter.layers.values())
 
 
 def test_a_rank_that_the_weight_does_not_have_is_refused(options: Make) -> None:

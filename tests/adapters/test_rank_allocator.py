@@ -17,6 +17,7 @@ INITIAL, TARGET = 6, 3
 def peft_model(*, total: int, tinit: int, tfinal: int, delta: int, beta1: float = 0.85, beta2: float = 0.7) -> Any:
     from peft import AdaLoraConfig, get_peft_model
 
+    torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(*shape) for shape in MODULES.values()))
     config = AdaLoraConfig(
         init_r=INITIAL, target_r=TARGET, tinit=tinit, tfinal=tfinal, deltaT=delta, beta1=beta1, beta2=beta2,

@@ -258,6 +258,28 @@ def test_the_start_is_a_text_cut_or_repeated_or_tokens_of_the_vocabulary(method:
     assert not torch.equal(other.tokens.table(), blind.tokens.table())
 
 
+@both
+def test_what_the_encoder_puts_before_every_text_stands_there_once(method: type[VirtualTokenAdapter]) -> None:
+    """BOS is the first of the virtual tokens, as it is of a text; it is not repeated with the text."""
+
+    def start(before: list[int], num_virtual_tokens: int) -> torch.Tensor:
+        options = AdapterOptions(method=method.method, num_virtual_tokens=num_virtual_tokens)
+        encode_text = lambda text: [*before, *([7, 8, 9] if text else [])]  # noqa: E731
+        return method.attach(tiny_model(), options, seed=0, encode_text=encode_text).tokens.table().detach()  # pyright: ignore
+
+    def exactly(ids: list[int]) -> torch.Tensor:
+        options = AdapterOptions(method=method.method, num_virtual_tokens=len(ids))
+        encode_text = lambda text: ids if text else []  # noqa: E731
+        return method.attach(tiny_model(), options, seed=0, encode_text=encode_text).tokens.table().detach()  # pyright: ignore
+
+    assert torch.equal(start([256], 8), exactly([256, 7, 8, 9, 7, 8, 9, 7]))
+    assert torch.equal(start([], 4), exactly([7, 8, 9, 7]))
+    assert torch.equal(start([256], 3), exactly([256, 7, 8]))
+    with pytest.raises(ConfigError, match="virtual_tokens_text: has no tokens"):
+        options = AdapterOptions(method=method.method, virtual_tokens_text=" ")
+        method.attach(tiny_model(), options, seed=0, encode_text=lambda text: [256])
+
+
 # --- what cannot be
 
 

@@ -31,6 +31,7 @@ from tests.adapters.peft_twin import (
     their_steps,
 )
 from tests.adapters.test_merge import COMPUTE, base_folder
+from tests.models.hf_models import hf_model, ours_from
 from tests.tiny import tiny_model
 
 UNTIED_WARNING = "ignore:Model has .tie_word_embeddings=True.:UserWarning"
@@ -103,6 +104,46 @@ def test_weights_keep_the_base_s_dtype_but_for_norms() -> None:
     assert all(p.dtype == torch.bfloat16 for p in model.model.parameters())
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gpt-neo"])
+def test_norms_and_biases_are_float32_beside_weights_that_are_not(family: str) -> None:
+    """And the forward of a linear, an RMSNorm, a LayerNorm takes both; gradients are those of the float32 model."""
+
+    def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        model = ours_from(hf_model(family)).bfloat16().to(dtype)
+        adapter = adapter_of(model, [name for name, _ in model.named_children()])
+        hidden_TD = model(IDS % 97, torch.arange(len(IDS)), Packed([len(IDS)]))
+        assert hidden_TD.dtype == dtype
+        hidden_TD.float().square().mean().backward()
+        own = {key: p for key, p in adapter.trained_parameters() if p.ndim == 1}
+        assert len(own) > 4 and {p.dtype for p in own.values()} == {torch.float32}
+        assert any(p.dtype == dtype for _, p in adapter.trained_parameters())
+        return {key: p.grad for key, p in own.items() if p.grad is not None}
+
+    rounded, exact = gradients(torch.bfloat16), gradients(torch.float32)
+    assert rounded.keys() == exact.keys()
+    for key, gradient in exact.items():
+        if gradient.norm() > 1e-3:
+            assert (rounded[key] - gradient).norm() <= 16 * 2**-8 * gradient.norm(), key
+
+
+def test_other_people_s_layers_keep_one_dtype() -> None:
+    """Theirs want it; a `score` of theirs is a linear like any other."""
+
+    class User(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.norm, self.score = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.score(self.norm(self.body(x)))
+
+    model = User().bfloat16()
+    whole = WholeModules.train(model, ["score", "norm", "body"])
+    model(torch.randn(3, 4, dtype=torch.bfloat16)).float().square().sum().backward()
+    assert {parameter.dtype for _, parameter in whole.parameters()} == {torch.bfloat16}
+    assert all(parameter.grad is not None for _, parameter in whole.parameters())
+
+
 def test_names_that_cannot_be_trained_are_refused() -> None:
     model = tiny_model(tie_word_embeddings=True)
     with pytest.raises(
@@ -115,6 +156,9 @@ def test_names_that_cannot_be_trained_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"PEFT would take fc_out for out.*name fc_out too"):
         WholeModules.train(user, ["out"])
     assert not any(p.requires_grad for p in model.parameters())
+    for names in (["act"], ["out"]):
+        with pytest.raises(ConfigError, match=r"^trained_modules: "):
+            WholeModules.train(user, names, field="trained_modules")
     WholeModules.train(user, ["out", "fc_out"])
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from alpaca_lora.cli import main
 from alpaca_lora.device import current_memory_bytes, peak_memory_bytes, reset_peak_memory
@@ -98,13 +97,6 @@ def small_and_quick(seconds: float = 1.0, megabytes: int = 100) -> Iterator[None
     yield
     assert time.process_time() - start < seconds
     assert not can_measure or peak_memory_bytes() - before < megabytes * 1e6
-
-
-@pytest.fixture(autouse=True)
-def denormals() -> Iterator[None]:
-    """A command switches denormal numbers off for the whole process, which hypothesis takes for a broken compiler."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def test_29_keys_and_shapes(program: Program, plain: Path, case: str) -> None:
 CONFIGS = {
     "31 unknown type": ({"peft_type": "LOHA"}, "peft_type: 'LOHA' is not supported, expected one of LORA"),
     "31 no type": ({"peft_type": ...}, "peft_type: missing, expected one of LORA"),
-    "32 bias": ({"bias": "all"}, "bias: 'all' is not supported yet by method lora, expected none"),
+    "32 bias": ({"bias": "all"}, "bias: 'all' is not supported, expected none"),
     "32 pissa": (
         {"init_lora_weights": "pissa"},
         "init_lora_weights: 'pissa' takes a part out of the base",

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from alpaca_lora.commands.chat import Chat
-from alpaca_lora.errors import UserError
+from alpaca_lora.errors import DataError, UserError
 from alpaca_lora.text.messages import Conversation
 
 
@@ -98,3 +98,21 @@ def test_an_error_does_not_end_the_chat_but_ends_a_script(keyboard: Callable[[li
 def test_ctrl_c_ends_a_script() -> None:
     with pytest.raises(KeyboardInterrupt):
         Talk().chat.run(io.StringIO("stop me\n"))
+
+
+def test_a_line_that_is_not_utf8_is_named_and_those_before_it_are_answered() -> None:
+    talk = Talk()
+    with pytest.raises(DataError, match=r"standard input:3: byte 10 \(0xe9\) is not UTF-8, near 'caf"):
+        talk.chat.run(io.TextIOWrapper(io.BytesIO(b"one\n\xc3\xa9\ncaf\xe9\nfour\n"), encoding="latin-1"))
+    assert talk.asked == [["one"], ["one", "re: one", "é"]]
+
+
+def test_bytes_typed_that_are_no_text_do_not_end_the_chat(keyboard: Callable[[list[Any]], None]) -> None:
+    class NotText(UnicodeDecodeError):
+        def __init__(self) -> None:
+            super().__init__("utf-8", b"\xe9", 0, 1, "invalid")
+
+    talk = Talk(interactive=True)
+    keyboard([NotText, "go on", EOFError])
+    talk.chat.run(io.StringIO())
+    assert talk.asked == [["go on"]] and "error: that was not utf-8" in talk.says()

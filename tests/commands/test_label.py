@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,16 @@ import pytest
 
 from alpaca_lora.adapters.base import METHODS, method_class
 from alpaca_lora.adapters.record import read_record
+from alpaca_lora.commands.schemas import FinetuneConfig
+from alpaca_lora.config import resolve
 from tests.commands.conftest import Program, Write
 
-TASK = {"task": "classification", "lora_target_modules": "all-linear", "max_steps": 12, "learning_rate": 0.02}
+TASK = {
+    "task": "classification", "lora_target_modules": "all-linear", "max_steps": 12, "learning_rate": 0.02,
+    "num_sample_answers": None,
+}  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
-    "adalora": {"lora_r": 2}, "ia3": {"lora_target_modules": None}, "prefix": {"num_virtual_tokens": 3},
+    "adalora": {"lora_r": 2}, "ia3": {"lora_target_modules": None, "lora_r": None}, "prefix": {"num_virtual_tokens": 3},
     "prompt": {"num_virtual_tokens": 3}, "freeze": {"train_last_layers": 1}, "full": {"learning_rate": 2e-3},
 }  # fmt: skip
 OWN = ("lora", "dora", "pissa", "adalora", "ia3")  # methods that read lora_target_modules
@@ -67,6 +70,7 @@ def test_every_method_learns_labels_and_says_them(program: Program, files: dict[
         return
     merged = program("merge", lora_weights=folder)
     assert merged.code == 0, merged.err
+    assert "a classifier of 'calm', 'loud': generate and transformers" in merged.err and "template" not in merged.err
     again = ask(program, CALM, base_model=program.folder / "merged")
     assert again["probabilities"] == pytest.approx(answer["probabilities"], abs=1e-4)
 
@@ -78,13 +82,6 @@ def test_what_was_learned_is_told_apart(program: Program, files: dict[str, Path]
     assert [ask(program, text, lora_weights=folder)["label"] for text in (CALM, LOUD)] == ["calm", "loud"]
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sum("accuracy" in line for line in log) == 4
-
-
-def test_lines_of_standard_input(program: Program, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert program("finetune", **files, **options_of("lora")).code == 0
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{CALM}\n\n{LOUD}\n"))
-    done = program("generate", prompt=None, max_new_tokens=None, lora_weights=program.folder / "out")
-    assert done.code == 0 and len(done.out.splitlines()) == 3  # two labels and the JSON
 
 
 @pytest.mark.parametrize(
@@ -107,7 +104,12 @@ def test_a_label_that_training_does_not_have(program: Program, files: dict[str, 
     program.refuses("finetune", 3, "other.tsv:2: ", "'shrill'", **options)
 
 
-def test_a_chat_needs_a_model_that_writes(program: Program, files: dict[str, Path]) -> None:
-    """An empty text has no label."""
-    assert program("finetune", **files, **options_of("lora")).code == 0
-    program.refuses("generate", 2, "empty", prompt=" ", max_new_tokens=None, lora_weights=program.folder / "out")
+@pytest.mark.parametrize("given", [None, True, False])
+def test_eos_ends_a_text_only_where_it_is_asked_for(given: bool | None) -> None:
+    words = ["--base_model", "b", "--data_path", "d", "--task", "classification"]
+    words += [] if given is None else ["--add_eos_token", str(given)]
+    resolved = resolve(FinetuneConfig, words, "finetune")
+    assert resolved.value.add_eos_token is bool(given)
+    origin = "default of this method or task" if given is None else "flag"
+    assert resolved.origins["add_eos_token"] == origin and f"add_eos_token: {bool(given)}".lower() in resolved.to_yaml()
+    assert resolve(FinetuneConfig, words[:4], "finetune").value.add_eos_token

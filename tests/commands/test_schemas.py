@@ -110,5 +110,5 @@ def test_a_method_has_its_own_defaults_and_the_user_wins() -> None:
     words = ["--base_model", "b", "--data_path", "d", "--method", "prefix"]
     resolved = resolve(FinetuneConfig, words, "finetune")
     assert resolved.value.learning_rate == METHOD_DEFAULTS["prefix"]["learning_rate"] != 3e-4
-    assert resolved.origins["learning_rate"] == "default of this method"
+    assert resolved.origins["learning_rate"] == "default of this method or task"
     assert resolve(FinetuneConfig, [*words, "--learning_rate", "0.5"], "finetune").value.learning_rate == 0.5

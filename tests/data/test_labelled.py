@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from alpaca_lora.data.columns import LabelKeys
 from alpaca_lora.data.formats import BadRow
-from alpaca_lora.data.labelled import LabelKeys, read_labelled
+from alpaca_lora.data.labelled import read_labelled
 from alpaca_lora.errors import DataError
 
 
@@ -106,9 +107,11 @@ def test_bad_rows_say_where_they_are(tmp_path: Path) -> None:
 
 
 def test_json_rows_of_words_numbers_and_truth_values(tmp_path: Path) -> None:
-    rows = [{"text": "a", "label": 1}, {"text": "b", "label": "1"}, {"text": "c", "label": True, "id": 4}]
+    labels = [1, "1", True, 1.0, "1.0", "TRUE", "True", "1.", 1.5, "-2.00", "v1.0", "01", 1e300]
+    rows = [{"text": "a", "label": label, **({"id": 4} if label == 1.5 else {})} for label in labels]
     good, _, notes = read(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "rows.jsonl")
-    assert [row[1] for row in good] == ["1", "1", "true"] and [row[2] for row in good] == [1, 2, 3]
+    expected = ["1", "1", "true", "1", "1", "true", "true", "1", "1.5", "-2", "v1.0", "01", "1e+300"]
+    assert [row[1] for row in good] == expected and [row[2] for row in good] == [*range(1, 14)]
     assert notes == ["the text is in 'text', the label in 'label'; 'id' not read"]
     rows = [{"body": "a", "kind": "x"}]
     good, _, _ = read(tmp_path, json.dumps(rows), "rows.json", text="body", label="kind")

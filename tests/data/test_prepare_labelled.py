@@ -14,11 +14,12 @@ from alpaca_lora.data.examples import Batch, TokenizedExample
 from alpaca_lora.data.loader import Loader
 from alpaca_lora.data.options import DataOptions
 from alpaca_lora.data.prepare import Prepared, prepare
-from alpaca_lora.errors import DataError
+from alpaca_lora.errors import ConfigError, DataError
 from tests.data.rows import shown
 from tests.tiny import ByteTokenizer
 
 Rows = list[tuple[str, Any]]
+EOS = 257
 
 
 def write(path: Path, rows: Rows) -> Path:
@@ -60,7 +61,7 @@ def test_the_second_time_comes_from_the_cache_and_is_the_same(tmp_path: Path) ->
     assert pairs(first) == pairs(second) and first.labels == second.labels
     assert first.fingerprint == second.fingerprint and first.val_class_counts == second.val_class_counts
     assert first.samples == second.samples and first.samples[0].kind == "labelled"
-    assert not classify(path, add_eos_token=False).from_cache
+    assert not classify(path, add_eos_token=True).from_cache
     assert not classify(path, text_key="1", label_key="2").from_cache
 
 
@@ -73,7 +74,7 @@ def test_a_step_takes_each_text_once(tmp_path: Path) -> None:
         ends = [sum(batch.lengths[: i + 1]) - 1 for i in range(len(batch.lengths))]
         assert batch.label_rows_N.tolist() == ends
         assert batch.label_ids_N.tolist() == [prepared.train[i].label for i in batch.indices]
-        assert all(batch.ids_T[end] == 257 for end in ends)
+        assert all(batch.ids_T[end] in b"yx" for end in ends)  # the texts' own last letters
 
 
 def test_labels_and_texts_do_not_mix() -> None:
@@ -150,11 +151,62 @@ def test_options_and_labels_that_look_wrong_are_told(tmp_path: Path) -> None:
     assert "'common' has 29 training rows, 'rare' 1" in classify(write(path, lopsided)).messages[-1]
 
 
+@pytest.mark.parametrize("add_eos_token", [None, False, True])
+def test_eos_ends_a_text_only_where_it_is_asked_for(tmp_path: Path, add_eos_token: bool | None) -> None:
+    given = {} if add_eos_token is None else {"add_eos_token": add_eos_token}
+    prepared = classify(write(tmp_path / "rows.tsv", rows(8)), **given)
+    assert {int(one.ids_T[-1]) == EOS for one in prepared.train} == {bool(add_eos_token)}
+    assert DataOptions(data_path=["x"]).add_eos_token  # an answer is ended as ever
+    assert DataOptions.model_validate({"data_path": ["x"], "task": "generation"}).add_eos_token
+
+
 def test_a_cut_text_is_counted_and_still_ended(tmp_path: Path) -> None:
-    prepared = classify(write(tmp_path / "rows.tsv", rows(8)), cutoff_len=10)
+    prepared = classify(write(tmp_path / "rows.tsv", rows(8)), cutoff_len=10, add_eos_token=True)
     assert prepared.ledger.truncated == 8 and ("kept, truncated", 8, "cut at cutoff_len") in prepared.ledger.rows()
-    assert {int(one.ids_T[-1]) for one in prepared.train} == {257} and prepared.train.lengths.max() == 10
+    assert {int(one.ids_T[-1]) for one in prepared.train} == {EOS} and prepared.train.lengths.max() == 10
     assert not any("EOS" in message for message in prepared.messages)
+    assert "8 of the texts (100.0 %) are above cutoff_len 10: only their beginning is read" in prepared.messages
+    whole = classify(tmp_path / "rows.tsv")
+    assert not any("cutoff_len" in message for message in whole.messages)
+
+
+def test_no_room_for_a_text_is_a_wrong_cutoff(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.tsv", rows(8))
+    with pytest.raises(ConfigError, match="cutoff_len: 2 leaves no room for a text beside BOS and EOS"):
+        classify(path, cutoff_len=2, add_eos_token=True)
+    assert set(classify(path, cutoff_len=2).train.lengths) == {2}
+
+
+def test_eos_that_is_padding_too_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.tsv", rows(8))
+    tokenizer = ByteTokenizer()
+    tokenizer.pad_id = tokenizer.eos_id
+    for add_eos_token in (False, True):
+        options = DataOptions(task="classification", data_path=[str(path)], val_set_size=0, add_eos_token=add_eos_token)
+        told = prepare(options, tokenizer, None).messages
+        assert any("the tokenizer's padding too: PEFT and transformers" in text for text in told) == add_eos_token
+    assert not any("padding too" in text for text in classify(path, add_eos_token=True).messages)
+
+
+@pytest.mark.parametrize("data_cache", [True, False])
+def test_the_first_training_file_says_where_the_label_stands(tmp_path: Path, data_cache: bool) -> None:
+    first = write(tmp_path / "1.tsv", [(label, text) for text, label in rows(12)])
+    second = write(tmp_path / "2.tsv", [("pos", "same"), ("neg", "same")])  # by itself the other way round
+    val = write(tmp_path / "val.tsv", [("neg", "other"), ("pos", "other")])
+    for path in (second, val):
+        with pytest.raises(DataError, match=r"all training rows have the label"):
+            classify(path, data_cache=data_cache)
+    options = DataOptions(
+        task="classification", data_path=[str(first), str(second)], val_data_path=[str(val)], data_cache=data_cache
+    )
+    for from_cache in (False, data_cache):
+        prepared = prepare(options, ByteTokenizer(), None)
+        assert prepared.labels == ("neg", "pos") and prepared.from_cache == from_cache
+        assert prepared.class_counts == (7, 7) and prepared.val_class_counts == (1, 1)
+    # the same validation file beside training rows whose label comes second is read anew, not out of the cache
+    write(first, rows(12))
+    with pytest.raises(DataError, match="no training row has the label 'other'"):
+        prepare(options.model_copy(update={"data_path": [str(first)]}), ByteTokenizer(), None)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json"])

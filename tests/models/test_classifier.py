@@ -14,7 +14,15 @@ from safetensors.torch import load_file, save_file
 from alpaca_lora.device import Compute, pick_compute
 from alpaca_lora.errors import ConfigError, ModelFileError
 from alpaca_lora.models.attention import Packed
-from alpaca_lora.models.classifier import attach_score, class_logits, classifier_config, find_score, read_labels
+from alpaca_lora.models.classifier import (
+    attach_score,
+    class_logits,
+    classifier_config,
+    find_score,
+    padding_id,
+    read_labels,
+    refuse_classifier,
+)
 from alpaca_lora.models.config import ModelConfig
 from alpaca_lora.models.load import load_base
 from tests.models.hf_models import MODELS
@@ -77,12 +85,13 @@ def test_the_head_of_a_bfloat16_base_is_float32(tmp_path: Path) -> None:
 def test_the_configuration_is_one_that_transformers_reads(name: str) -> None:
     keys = MODELS[name]
     ours = ModelConfig.from_hf(transformers.AutoConfig.for_model(**keys).to_dict()).to_hf()
-    written = classifier_config(ours, LABELS)
+    written = classifier_config(ours, LABELS, 258)
     (architecture,) = written["architectures"]
     model_class = getattr(transformers, architecture)
     assert architecture.endswith("ForSequenceClassification")
     read = model_class.config_class(**{key: value for key, value in written.items() if key != "model_type"})
     assert read.id2label == dict(enumerate(LABELS)) and read.num_labels == 3 and read.label2id["good"] == 1
+    assert read.pad_token_id == 258
     assert ModelConfig.from_hf(written) == ModelConfig.from_hf(ours)
 
 
@@ -135,3 +144,22 @@ def test_a_head_of_another_shape_is_refused(
 
 def test_a_causal_model_is_no_classifier() -> None:
     assert find_score(tiny_model()) is None and tiny_config().to_hf()["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_classifier_cannot_learn_to_answer() -> None:
+    model = tiny_model()
+    refuse_classifier(model)
+    attach_score(model, LABELS, seed=0)
+    with pytest.raises(ConfigError, match="base_model: is a classifier of 3 classes, which writes no text"):
+        refuse_classifier(model)
+
+
+@pytest.mark.parametrize(
+    ("pad_id", "classified_id", "expected"),
+    [(2, None, 2), (None, 2, None), (5, 2, 5), (2, 2, 0), (0, 0, 1), (None, None, None)],
+)
+def test_padding_is_never_the_token_that_is_classified(
+    pad_id: int | None, classified_id: int | None, expected: int | None
+) -> None:
+    assert padding_id({"<unk>": 0, "<s>": 1, "</s>": 2}, pad_id, classified_id) == expected
+    assert padding_id({"</s>": 2}, 2, 2) is None  # no other token is there: nothing can be padded

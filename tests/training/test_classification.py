@@ -15,6 +15,7 @@ from alpaca_lora.models.attention import Packed
 from alpaca_lora.models.classifier import attach_score
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.training.classification import ClassificationLoss, class_weights, evaluate_classes, predict
+from alpaca_lora.training.loss import LossOnly
 from alpaca_lora.training.micro_batch import rounded_up, shrink
 from tests.tiny import tiny_model
 from tests.training.tiny_run import table
@@ -129,6 +130,8 @@ def test_better_is_a_higher_accuracy_and_then_a_lower_loss() -> None:
     low, high = ({"accuracy": a, "macro_f1": f} for a, f in ((0.8, 0.6), (0.9, 0.5)))
     assert judge.rank(2.0, high) < judge.rank(1.0, low) and judge.rank(1.0, low) < judge.rank(2.0, low)
     assert weighted.rank(2.0, low) < weighted.rank(1.0, high)
+    assert (judge.criterion, weighted.criterion) == ("validation accuracy", "validation macro-F1")
+    assert LossOnly(judge).criterion == "validation loss"
 
 
 def test_a_model_without_a_head_is_told() -> None:

@@ -3,12 +3,13 @@ method of the table; each check has a twin that must fail when the rule is broke
 
 A run is its trajectory: the loss of every step and all trained weights at the end. Two runs are one when no number of
 them differs by more than `LARGEST` and the differences do not lean to one side by more than `MEAN` (a wrong divisor is
-a small, one-sided difference).
+a small, one-sided difference). A resumed run is the same bit for bit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,40 @@ import pytest
 import torch
 
 from alpaca_lora.adapters.base import METHODS
+from alpaca_lora.data.examples import Batch, StepBatch
+from alpaca_lora.errors import NumericalError
+from alpaca_lora.kernels.dropout import row_keys
 from alpaca_lora.models.attention import Packed
-from alpaca_lora.training.checkpoint import CheckpointStore, verify
+from alpaca_lora.training.checkpoint import Checkpoint, CheckpointStore, verify
+from alpaca_lora.training.micro_batch import shrink
 from alpaca_lora.training.trainer import Trainer
+from tests.tiny import tiny_model
 from tests.training.tiny_run import digest, log_in, tiny_trainer
 
 LARGEST, MEAN = 2e-5, 1e-6
-STEPS = 6
-# what makes the tiny run of each method a real one: enough steps per phase, a rate at which it learns
+STEPS = 4  # one more than an epoch has, and for AdaLoRA one before, two with and one after pruning
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run. Rounding to bfloat16 depends on how a batch is cut: such a run is only taken up again."""
+
+    adapter: dict[str, Any]
+    num_classes: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def trainer(self, folder: Path | None = None, **more: Any) -> Trainer:
+        model = tiny_model().to(self.dtype)
+        settings = {"max_steps": STEPS, "validation": False, "num_classes": self.num_classes, "model": model, **more}
+        return tiny_trainer(folder, adapter=self.adapter, **settings)
+
+
+# what makes the tiny run of each method a real one
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora": {},
     "pissa": {},
-    "adalora": {"adalora_init_r": 5, "lora_r": 3, "adalora_tinit": 1, "adalora_tfinal": 2},
+    "adalora": {"adalora_init_r": 5, "lora_r": 3, "adalora_tinit": 1, "adalora_tfinal": 1},
     "ia3": {"lora_target_modules": ["k_proj", "v_proj", "down_proj"]},
     "prefix": {"num_virtual_tokens": 5},
     "prompt": {"num_virtual_tokens": 5},
@@ -36,12 +58,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bitfit": {},
     "full": {},
 }
-VARIANTS = {
-    "rslora": {"method": "lora", "use_rslora": True}, "lora+": {"method": "lora", "lora_plus_ratio": 4.0},
-    "reparametrised prefix": {"method": "prefix", "num_virtual_tokens": 4, "prefix_projection": True},
-    "modules to save": {"method": "lora", "modules_to_save": ["norm"]},
-}  # fmt: skip
-CASES = {**{name: {"method": name, **SETTINGS[name]} for name in METHODS}, **VARIANTS}
+PROJECTED = {"method": "prefix", "num_virtual_tokens": 4, "prefix_projection": True}
+CASES = {
+    **{name: Case({"method": name, **SETTINGS[name]}) for name in METHODS},
+    "rslora": Case({"use_rslora": True}),
+    "lora+": Case({"lora_plus_ratio": 4.0}),
+    "lora+ with dora": Case({"method": "dora", "lora_plus_ratio": 4.0}),
+    "reparametrised prefix": Case(PROJECTED),
+    "modules to save": Case({"modules_to_save": ["norm"]}),
+    "patterns": Case({"rank_pattern": ["q_proj=2"], "alpha_pattern": ["v_proj=5"], "layers_to_transform": [1]}),
+    "classes": Case({}, num_classes=3),
+    "classes behind a prefix": Case({"method": "prefix", "num_virtual_tokens": 5}, num_classes=3),
+}
+ROUNDED = {
+    f"{name} in bfloat16": Case({"method": name, **SETTINGS[name]}, dtype=torch.bfloat16)
+    for name in ("lora", "freeze", "full")
+}
+# of these the checkpoint holds more than what is trained
+WITH_STATE = {name: CASES[name] for name in ("adalora", "pissa", "prefix", "prompt", "reparametrised prefix")}
 
 
 @dataclass
@@ -49,7 +83,7 @@ class Trajectory:
     """losses_S: of each step; weights: parameter -> its value at the end."""
 
     losses_S: torch.Tensor
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trainer: Trainer) -> Trajectory:
@@ -74,20 +108,21 @@ def is_same(one: Trajectory, other: Trajectory) -> bool:
     return largest <= LARGEST and mean <= MEAN
 
 
-def trained(case: dict[str, Any], **changes: Any) -> Trajectory:
-    settings = {"max_steps": STEPS, "validation": False, "adam_epsilon": 1e-3, "learning_rate": 5e-3}
-    trainer = tiny_trainer(adapter=case, **settings, **changes)
+def trained(case: Case, change: Callable[[Trainer], None] = lambda trainer: None, **more: Any) -> Trajectory:
+    """A run whose trainer was changed before it began."""
+    trainer = case.trainer(adam_epsilon=1e-3, learning_rate=5e-3, **more)
+    change(trainer)
     trainer.train()
     return Trajectory.of(trainer)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
-def case(request: pytest.FixtureRequest) -> dict[str, Any]:
+def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
 
 @pytest.fixture(scope="module")
-def plain(case: dict[str, Any]) -> Trajectory:
+def plain(case: Case) -> Trajectory:
     return trained(case)
 
 
@@ -99,37 +134,37 @@ class TestInvariants:
     """One trajectory per method, however it is computed."""
 
     @pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
-    def test_micro_batches(self, case: dict[str, Any], plain: Trajectory, micro_batch_size: int) -> None:
+    def test_micro_batches(self, case: Case, plain: Trajectory, micro_batch_size: int) -> None:
         assert is_same(plain, trained(case, batches={"micro_batch_size": micro_batch_size}))
 
-    def test_a_mean_of_means_would_be_noticed(
-        self, case: dict[str, Any], plain: Trajectory, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        import tests.training.tiny_run as tiny_run
+    def test_a_mean_of_means_would_be_noticed(self, case: Case, plain: Trajectory) -> None:
+        def divide_by_its_own(trainer: Trainer) -> None:
+            right = trainer.loss
+            trainer.loss = lambda model, batch, num_supervised: right(model, batch, batch.num_supervised) / 2
 
-        right = tiny_run.causal_lm_loss
-        monkeypatch.setattr(tiny_run, "causal_lm_loss", lambda m, b, n: right(m, b, b.num_supervised) / 2)
-        assert not is_same(plain, trained(case))
+        assert not is_same(plain, trained(case, divide_by_its_own))
 
-    def test_packing(self, case: dict[str, Any], plain: Trajectory) -> None:
-        """Each row in a stream of its own, and all rows of a step in one."""
-        alone = trained(case, batches={"micro_batch_size": 1})
+    def test_packing(self, case: Case) -> None:
+        """One stream of four segments, and four streams of one: in one call of the loss and one backward pass."""
         packed = trained(case, batches={"micro_batch_size": 4})
-        assert is_same(alone, packed) and is_same(plain, packed)
+        assert is_same(packed, trained(case, one_by_one, batches={"micro_batch_size": 4}))
 
     def test_rows_that_see_each_other_would_be_noticed(
-        self, case: dict[str, Any], plain: Trajectory, monkeypatch: pytest.MonkeyPatch
+        self, case: Case, plain: Trajectory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import alpaca_lora.training.loss as loss
-
-        monkeypatch.setattr(loss, "Packed", lambda lengths: Packed((sum(lengths),)))
+        for room in ("loss", "classification"):
+            monkeypatch.setattr(f"alpaca_lora.training.{room}.Packed", lambda lengths: Packed((sum(lengths),)))
         assert not is_same(plain, trained(case))
+        # a stream of one segment has nobody to see
+        alone = trained(case, one_by_one)
+        monkeypatch.undo()
+        assert is_same(plain, alone)
 
-    def test_gradient_checkpointing(self, case: dict[str, Any], plain: Trajectory) -> None:
+    def test_gradient_checkpointing(self, case: Case, plain: Trajectory) -> None:
         assert is_same(plain, trained(case, gradient_checkpointing=True))
 
     def test_another_layer_in_the_recomputation_would_be_noticed(
-        self, case: dict[str, Any], plain: Trajectory, monkeypatch: pytest.MonkeyPatch
+        self, case: Case, plain: Trajectory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The second run of a checkpointed layer gives what the first gave, or the gradient is another one."""
         import alpaca_lora.models.decoder as decoder
@@ -148,25 +183,113 @@ class TestInvariants:
         monkeypatch.setattr(decoder, "checkpoint", wrong)
         assert not is_same(plain, trained(case, gradient_checkpointing=True))
 
-    def test_resume_at_every_step(self, case: dict[str, Any], tmp_path: Path) -> None:
-        whole = tiny_trainer(tmp_path / "whole", adapter=case, max_steps=STEPS, save_steps=1, save_total_limit=9)
-        whole.train()
-        log = log_in(tmp_path / "whole" / "metrics.jsonl")
+
+def one_by_one(trainer: Trainer) -> None:
+    """Let the loss be the sum over streams of one segment each."""
+    right = trainer.loss
+
+    def loss(model: Any, batch: Batch, num_supervised: int) -> torch.Tensor:
+        losses = []
+        for one in shrink(StepBatch(0, 0, (batch,)), 1).micro_batches:
+            if one.num_supervised:  # the last segment only rounds the stream up
+                assert len(one.lengths) == 1
+                keys_T = row_keys(trainer.options.seed, trainer.state.step, one.example_T, one.positions_T)
+                trainer.adapter.set_rows(keys_T)
+                losses.append(right(model, one, num_supervised))
+        return torch.stack(losses).sum()
+
+    trainer.loss = loss
+
+
+# ---- taken up again
+
+
+@dataclass
+class Whole:
+    """A run that was not interrupted, with a checkpoint of every step."""
+
+    case: Case
+    folder: Path
+    trainer: Trainer
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        return verify(CheckpointStore(self.folder).path(step))
+
+
+@pytest.fixture(scope="module", params=CASES | ROUNDED, ids=str)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return run_whole((CASES | ROUNDED)[request.param], tmp_path_factory.mktemp("whole"))
+
+
+def run_whole(case: Case, folder: Path) -> Whole:
+    trainer = case.trainer(folder, save_steps=1, save_total_limit=9)
+    trainer.train()
+    return Whole(case, folder, trainer)
+
+
+class TestResume:
+    """A run that is taken up is the run that was not interrupted, from whichever step."""
+
+    def test_at_every_step(self, whole: Whole, tmp_path: Path) -> None:
+        log = log_in(whole.folder / "metrics.jsonl")
         for step in range(1, STEPS):
-            checkpoint = verify(CheckpointStore(tmp_path / "whole").path(step))
             folder = tmp_path / f"from-{step}"
-            resumed = tiny_trainer(
-                folder, adapter=case, resume=checkpoint, max_steps=STEPS, save_steps=1, save_total_limit=9
-            )
+            resumed = whole.case.trainer(folder, resume=whole.checkpoint(step), save_steps=1, save_total_limit=9)
             resumed.train()
-            assert digest(resumed) == digest(whole), f"resumed at step {step}"
+            assert digest(resumed) == digest(whole.trainer), f"resumed at step {step}"
             assert log_in(folder / "metrics.jsonl") == log, f"resumed at step {step}"
 
-    def test_a_resume_without_the_averages_would_be_noticed(self, case: dict[str, Any], tmp_path: Path) -> None:
-        whole = tiny_trainer(tmp_path / "whole", adapter=case, max_steps=STEPS, save_steps=1, save_total_limit=9)
-        whole.train()
-        checkpoint = verify(CheckpointStore(tmp_path / "whole").path(2))
-        resumed = tiny_trainer(tmp_path / "b", adapter=case, resume=checkpoint, max_steps=STEPS)
-        resumed.optimizer._mean.zero_()
+    @pytest.mark.parametrize("lost", ["_mean", "_square"])
+    def test_without_the_averages_would_be_noticed(self, whole: Whole, lost: str) -> None:
+        resumed = whole.case.trainer(resume=whole.checkpoint(2))
+        getattr(resumed.optimizer, lost).mul_(0.5)
         resumed.train()
-        assert digest(resumed) != digest(whole)
+        assert digest(resumed) != digest(whole.trainer)
+
+    @pytest.mark.parametrize("name", [name for name in ROUNDED if not name.startswith("lora")])
+    def test_without_the_masters_would_be_noticed(self, name: str, tmp_path: Path) -> None:
+        whole = run_whole(ROUNDED[name], tmp_path)
+        resumed = whole.case.trainer(resume=whole.checkpoint(2))
+        weights = resumed.optimizer._weights
+        weights.copy_(weights.bfloat16())
+        resumed.train()
+        assert digest(resumed) != digest(whole.trainer)
+
+
+def outcome(trainer: Trainer) -> Any:
+    """All that a resumed run and the uninterrupted one have to agree in, what they say of themselves too."""
+    try:
+        trainer.train()
+    except NumericalError as error:
+        return str(error)
+    adapter = trainer.adapter
+    return digest(trainer), adapter.moved(), {k: t.tolist() for k, t in adapter.state_tensors().items()}
+
+
+class TestOwnState:
+    """What a method keeps besides its parameters comes out of the checkpoint, not out of attaching it again."""
+
+    @pytest.fixture(params=WITH_STATE, ids=str)
+    def whole(self, request: pytest.FixtureRequest, tmp_path: Path) -> Whole:
+        return run_whole(WITH_STATE[request.param], tmp_path)
+
+    @pytest.mark.parametrize("step", [1, 2, 3])
+    def test_a_start_of_another_seed_and_text_is_of_no_consequence(self, whole: Whole, step: int) -> None:
+        again = attached_elsewhere(whole.case)
+        again.resume(whole.checkpoint(step))
+        assert outcome(again) == outcome(whole.trainer)  # which is at its end
+
+    def test_without_the_state_it_would_be_noticed(self, whole: Whole) -> None:
+        again = attached_elsewhere(whole.case)
+        again.adapter.load_extra_state = lambda tensors: {}
+        again.resume(whole.checkpoint(2))
+        assert outcome(again) != outcome(whole.trainer)
+
+
+def attached_elsewhere(case: Case) -> Trainer:
+    """As the machine that goes on with the run attaches it: the start is another one where it can be."""
+    trainer = case.trainer(attach_seed=99, text="Another text. ")
+    if case.adapter["method"] == "pissa":  # another library's decomposition
+        for layer in trainer.adapter.layers.values():  # pyright: ignore
+            layer.set_start(layer.start_A * 1.01, layer.start_B * 0.98)
+    return trainer

@@ -143,6 +143,20 @@ def test_the_hooks_do_not_keep_an_optimizer_alive() -> None:
     assert gradient_of(second, "p0").abs().sum() > 0
 
 
+def test_a_new_optimizer_takes_the_gradient_over_from_an_older_one() -> None:
+    named = mixed()
+    first = FlatAdamW(named)
+    second = FlatAdamW(named)  # while the first is alive
+    give_gradients(named, 0)
+    assert gradient_of(second, "p0").abs().sum() > 0 and gradient_of(first, "p0").abs().sum() == 0
+    before = named[0][1].detach().clone()
+    second.step(0.1)
+    assert not torch.equal(named[0][1].detach(), before)
+    with pytest.raises(AssertionError, match="p0 was taken over by another optimizer"):
+        FlatAdamW(named[:1])
+        second.step(0.1)
+
+
 # ---- ratios
 
 
@@ -155,7 +169,7 @@ def test_ratios_are_groups_of_torch_and_few_runs(monkeypatch: pytest.MonkeyPatch
 
     flat = FlatAdamW(ours, ratio=ratio, weight_decay=0.1)
     oracle = torch.optim.AdamW([{"params": [p], "lr": 0.01 * ratio(name)} for name, p in theirs], weight_decay=0.1)
-    assert len(flat._runs) == 2
+    assert len(flat._runs) == 2 and flat.ratios() == {"p0": 1.0, "p1": 16.0, "p2": 1.0, "p3": 16.0}
     for step in range(20):
         flat.zero_grad()
         oracle.zero_grad()

@@ -1,6 +1,7 @@
 import base64
 import re
 
+from alpaca_lora.training import report as module
 from alpaca_lora.training.report import Report, SampleAnswer, loss_figure, smoothed, write_report
 
 LOG = [
@@ -45,6 +46,16 @@ def test_loss_curve_shows_what_the_log_says():
     assert each == [[1, 3.0], [2, 2.0]] and validation == [[2, 2.5]]
     assert mean[0] == [1, 3.0] and 2.0 < mean[1][1] < 3.0
     assert lower.lines[0].get_ydata().tolist() == [1e-4, 2e-4]
+
+
+def test_the_axis_says_what_the_loss_is_a_mean_over(tmp_path, monkeypatch):
+    assert loss_figure(LOG).axes[0].get_ylabel() == "loss per token (nats)"
+    assert loss_figure(LOG, "row").axes[0].get_ylabel() == "loss per row (nats)"
+    drawn = []
+    monkeypatch.setattr(module, "loss_figure", lambda log, per: drawn.append(per) or loss_figure(log, per))
+    for per in ("token", "row"):
+        write_report(tmp_path / "report.html", report(loss_per=per))
+    assert drawn == ["token", "row"]
 
 
 def test_run_without_steps_has_a_page_too(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,8 +17,10 @@ from alpaca_lora.adapters.base import method_class
 from alpaca_lora.adapters.options import AdapterOptions
 from alpaca_lora.adapters.peft_format import save_adapter
 from alpaca_lora.data.examples import Batch, StepBatch, TokenizedExample
+from alpaca_lora.models.classifier import attach_score
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.training.checkpoint import Checkpoint, CheckpointStore
+from alpaca_lora.training.classification import ClassificationLoss
 from alpaca_lora.training.identity import RunIdentity
 from alpaca_lora.training.loss import causal_lm_loss
 from alpaca_lora.training.metrics import TIMING_KEYS, MetricsLog
@@ -63,6 +66,11 @@ class TinyBatches:
             yield Batch.pack(self.rows[start : start + self.micro_batch_size])
 
 
+def labelled(rows: list[TokenizedExample], num_classes: int) -> list[TokenizedExample]:
+    """The rows as texts to classify."""
+    return [dataclasses.replace(row, label=row.index * 2 % num_classes) for row in rows]
+
+
 def tiny_options(folder: Path | str = "unused", **overrides: Any) -> TrainingOptions:
     defaults = {"max_steps": 6, "learning_rate": 0.02, "eval_steps": 2, "save_steps": 2, "seed": 7}
     return TrainingOptions.model_validate({"output_dir": str(folder), **defaults, **overrides})
@@ -71,17 +79,23 @@ def tiny_options(folder: Path | str = "unused", **overrides: Any) -> TrainingOpt
 def tiny_trainer(
     folder: Path | None = None, *, resume: Checkpoint | None = None, validation: bool = True,
     adapter: dict[str, Any] | None = None, batches: dict[str, Any] | None = None, model: CausalLM | None = None,
-    signals: SignalFlag | None = None, say: Any = lambda _: None, **overrides: Any,
+    signals: SignalFlag | None = None, say: Any = lambda _: None, num_classes: int = 0,
+    attach_seed: int | None = None, text: str = "", **overrides: Any,
 ) -> Trainer:  # fmt: skip
     """A trainer over the tiny model; ``folder`` None writes nothing. ``adapter``: adapter options, the method among
-    them; ``overrides`` are training options.
+    them; ``num_classes``: texts to classify; ``attach_seed``, ``text``: what the adapter starts from besides the run's
+    seed and its own text; ``overrides`` are training options.
     """
     options = tiny_options(folder or "unused", **overrides)
-    model = model or tiny_model()
+    model, rows, loss = model or tiny_model(), table(), causal_lm_loss
+    if num_classes:
+        attach_score(model, num_classes, seed=options.seed)
+        rows, loss = labelled(rows, num_classes), ClassificationLoss()
     adapter_options = AdapterOptions(**{"lora_r": 4, "lora_dropout": 0.1, **(adapter or {})})
     method = method_class(adapter_options.method).attach(
-        model, adapter_options, seed=options.seed, encode_text=lambda text: list(text.encode())
-    )
+        model, adapter_options, seed=options.seed if attach_seed is None else attach_seed,
+        encode_text=lambda given: list((text + given).encode()) if given else [],
+    )  # fmt: skip
     saver = log = None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +106,7 @@ def tiny_trainer(
         )  # fmt: skip
         log = MetricsLog(folder / "metrics.jsonl", lines=resume.log_lines() if resume else (), say=say)
     trainer = Trainer(
-        model, method, TinyBatches(table(), **{"seed": options.seed, **(batches or {})}), causal_lm_loss, options,
+        model, method, TinyBatches(rows, **{"seed": options.seed, **(batches or {})}), loss, options,
         val_loader=TinyBatches(table((9, 4, 14), seed=1)) if validation else None,
         identity=RunIdentity(config={"seed": options.seed}), saver=saver, log=log, signals=signals,
     )  # fmt: skip
