@@ -1,8 +1,7 @@
-"""Figures of a confusion matrix, against their definitions and, where it is installed, scikit-learn."""
+"""Figures of a confusion matrix, against their definitions and scikit-learn."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 
 import numpy as np
@@ -84,7 +83,6 @@ def test_f1_is_the_harmonic_mean_of_what_is_counted(num_classes: int) -> None:
     assert macro_f1(confusion_matrix(predicted, actual, num_classes)) == pytest.approx(sum(scores) / len(scores))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 @pytest.mark.parametrize("num_classes", [2, 3, 7])
 def test_scikit_learn_agrees(num_classes: int) -> None:
     from sklearn import metrics
