@@ -52,7 +52,7 @@ def run(name: str, changes: list[str]) -> dict[str, Any]:
     return {
         "run": name, "changes": [*RUNS[name], *changes], "wall_seconds": round(time.perf_counter() - started, 1),
         **{key: result[key] for key in SHOWN}, "steps": result["steps"], "best_val_loss": result["best_val_loss"],
-        "report": result["method_report"],
+        "report": {key: value for key, value in result["method_report"].items() if not isinstance(value, dict)},
     }  # fmt: skip
 
 

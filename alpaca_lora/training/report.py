@@ -106,7 +106,7 @@ def moved_figure(moved: Mapping[str, float]) -> Figure:
         cells.setdefault(parts[-1], {})[layer] = norm
     depth = 1 + max(layer for row in cells.values() for layer in row)
     grid = [[row.get(layer, float("nan")) for layer in range(depth)] for row in cells.values()]
-    figure = Figure(figsize=(9, 0.8 + 0.4 * len(grid)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9, max(1.9, 0.8 + 0.4 * len(grid))), dpi=110, layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
     axes.set_yticks(range(len(cells)), list(cells))
