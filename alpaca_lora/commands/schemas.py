@@ -18,7 +18,8 @@ from alpaca_lora.models.options import ModelOptions
 from alpaca_lora.text.options import TextOptions
 from alpaca_lora.training.options import TrainingOptions
 
-# What a method wants otherwise than LoRA; measured, see docs/methods.md. A key that the user gives always wins.
+# What a method wants otherwise than LoRA: after its authors, to be tuned by benchmarks/tune_methods.py. A key that the
+# user gives always wins.
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "adalora": {"learning_rate": 1e-3},
     "ia3": {"learning_rate": 1e-2, "lora_target_modules": ["k_proj", "v_proj", "down_proj"]},
