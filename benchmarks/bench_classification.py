@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from alpaca_lora.commands.schemas import METHOD_DEFAULTS  # noqa: E402
 from benchmarks.machine_card import keep  # noqa: E402
 
 RUNS: dict[str, list[str]] = {
@@ -36,7 +37,15 @@ RUNS: dict[str, list[str]] = {
     "bitfit": ["--method", "bitfit"],
     "full": ["--method", "full"],
 }
+# the rate of the file is LoRA's
+RATES = {method: ["--learning_rate", str(keys["learning_rate"])] for method, keys in METHOD_DEFAULTS.items()}
 SHOWN = ("accuracy", "macro_f1", "matthews", "trained_parameters", "seconds", "peak_memory_bytes", "tokens_per_second")
+
+
+def flags(name: str) -> list[str]:
+    """Those of the run, with its method's own learning rate unless they say one."""
+    own = RUNS[name]
+    return own if "--learning_rate" in own or "--method" not in own else [*own, *RATES.get(own[1], [])]
 
 
 def run(name: str, changes: list[str]) -> dict[str, Any]:
@@ -44,13 +53,13 @@ def run(name: str, changes: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bench-classification-") as folder:
         command = [
             sys.executable, "-m", "alpaca_lora", "finetune", "--config", "configs/classify.yml", "--json",
-            "--output_dir", str(Path(folder) / "run"), *RUNS[name], *changes,
+            "--output_dir", str(Path(folder) / "run"), *flags(name), *changes,
         ]  # fmt: skip
         started = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, env=os.environ.copy(), check=True, stdout=subprocess.PIPE, text=True)
         result = json.loads(done.stdout.splitlines()[-1])
     return {
-        "run": name, "changes": [*RUNS[name], *changes], "wall_seconds": round(time.perf_counter() - started, 1),
+        "run": name, "changes": [*flags(name), *changes], "wall_seconds": round(time.perf_counter() - started, 1),
         **{key: result[key] for key in SHOWN}, "steps": result["steps"], "best_val_loss": result["best_val_loss"],
         "report": {key: value for key, value in result["method_report"].items() if not isinstance(value, dict)},
     }  # fmt: skip
