@@ -1,9 +1,10 @@
 """Which learning rate and rank each method wants: short runs on rows of Alpaca, judged by the validation loss.
 
-    .venv/bin/python benchmarks/tune_methods.py [--methods lora dora ...] [--rates 3e-4 1e-3] [--steps 24]
+    .venv/bin/python benchmarks/tune_methods.py [--methods lora dora ...] [--rates 3e-4 1e-3] [--steps 24] [--jobs 2]
 
 The same rows, steps and batches for all. Runs that benchmarks/results/tuning.jsonl holds already (same settings) are
-not made again, so it can be stopped and goes on. Prints a Markdown table; the last line is JSON.
+not made again, so it can be stopped and goes on. --jobs runs stand side by side, one thread each; their losses are
+what counts, their speed says little. Prints a Markdown table; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,9 @@ def rows_file(folder: Path, data: Path, train: int, val: int) -> tuple[Path, Pat
     return paths
 
 
-def run(flags: list[str], rate: str, steps: int, files: tuple[Path, Path], folder: Path) -> dict[str, Any]:
+def run(
+    flags: list[str], rate: str, steps: int, files: tuple[Path, Path], folder: Path, threads: int
+) -> dict[str, Any]:
     """One run; its figures."""
     own = flags[1::2] if "--method" in flags else []
     defaults = [] if own and own[0] not in ("dora", "pissa", "adalora") else [
@@ -72,7 +76,7 @@ def run(flags: list[str], rate: str, steps: int, files: tuple[Path, Path], folde
         sys.executable, "-m", "alpaca_lora", "finetune", *BASE.split(), *defaults, *flags, "--json",
         "--data_path", str(files[0]), "--val_data_path", str(files[1]), "--max_steps", str(steps),
         "--eval_steps", str(steps), "--save_steps", "100000", "--learning_rate", rate, "--num_sample_answers", "0",
-        "--output_dir", str(folder),
+        "--output_dir", str(folder), "--num_threads", str(threads),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=os.environ.copy(), stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -116,26 +120,30 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--rates", nargs="+", help="in place of those of each method")
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/alpaca_data.json")
     arguments = parser.parse_args()
-    results = []
-    with tempfile.TemporaryDirectory(prefix="tune-methods-") as name:
+    threads = 0 if arguments.jobs == 1 else 1
+    asked = [(method, rate) for method in arguments.methods for rate in arguments.rates or RUNS[method][1]]
+    with tempfile.TemporaryDirectory(prefix="tune-methods-") as name, ThreadPoolExecutor(arguments.jobs) as pool:
         files = rows_file(Path(name), arguments.data, train=16 * arguments.steps, val=64)
-        for method in arguments.methods:
-            flags, rates = RUNS[method]
-            for rate in arguments.rates or rates:
-                settings = {
-                    "run": method, "flags": flags, "rate": rate, "steps": arguments.steps, "base": BASE, "lora": LORA,
-                    "data": arguments.data.name,
-                }  # fmt: skip
-                before = [one for one in known() if settings.items() <= one.items() and "failed" not in one]
-                if before:
-                    results.append(before[-1])
-                    continue
-                folder = Path(name) / f"{len(results)}"
-                results.append({**settings, **run(flags, rate, arguments.steps, files, folder)})
-                keep("tuning", results[-1])
-                print(table(results), flush=True)
+
+        def result(method: str, rate: str) -> dict[str, Any]:
+            flags = RUNS[method][0]
+            settings = {
+                "run": method, "flags": flags, "rate": rate, "steps": arguments.steps, "base": BASE,
+                "lora": [list(pair) for pair in LORA], "data": arguments.data.name,
+            }  # fmt: skip
+            before = [one for one in known() if settings.items() <= one.items() and "failed" not in one]
+            if before:
+                return before[-1]
+            folder = Path(name) / f"{method}-{rate}"
+            found = {**settings, **run(flags, rate, arguments.steps, files, folder, threads), "jobs": arguments.jobs}
+            keep("tuning", found)
+            print(json.dumps({key: found.get(key) for key in ("run", "rate", "val_loss", "failed")}), flush=True)
+            return found
+
+        results = list(pool.map(lambda pair: result(*pair), asked))
     print(table(results))
     print(json.dumps(results))
 
