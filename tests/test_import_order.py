@@ -18,7 +18,7 @@ FLOORS = (
     ("cli", "command_help"),
     ("commands",),
     ("training", "inference"),
-    ("adapters",),
+    ("adapters", "quantization"),
     ("models",),
     ("data", "weights", "kernels"),
     ("text",),

@@ -132,3 +132,8 @@ def scale_columns(
     factor_O = m_O.float() if inverse_norm_O is None else m_O.float() * inverse_norm_O.detach()
     center_O = 0.0 if bias_O is None else bias_O.detach().float()
     return (factor_O * (z_TO.float() - center_O) + center_O).to(z_TO.dtype)
+
+
+def tiled_linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x W^T (T, out) in x's dtype, W (out, in) a constant: what a quantized linear computes, whatever W is stored as."""
+    return x_TI @ weight_OI.detach().to(x_TI.dtype).t()

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from alpaca_lora.models.attention import AttentionPlan, Prefix
 from alpaca_lora.models.config import ModelConfig
 from alpaca_lora.models.layers import MLP, Attention, Device, Embedding, RMSNorm, Rotation
-from alpaca_lora.models.linear import Linear
+from alpaca_lora.models.linear import Linear, PackedLinear
 from alpaca_lora.models.rope import Rope
 
 
@@ -162,5 +162,6 @@ class CausalLM(nn.Module):
         return logits_NV
 
     def num_parameters(self, *, trained_only: bool = False) -> int:
-        """Number of weights; a tied head is counted once."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trained_only)
+        """Number of weights, packed ones too; a tied head is counted once."""
+        packed = sum(m.num_weights for m in self.modules() if isinstance(m, PackedLinear) and not trained_only)
+        return packed + sum(p.numel() for p in self.parameters() if p.requires_grad or not trained_only)

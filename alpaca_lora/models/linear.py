@@ -1,12 +1,13 @@
-"""The contract every linear keeps, dense or quantized, and the dense one.
+"""The contract every linear keeps, dense or packed, the dense one, and what all packed ones are.
 
 Adapters call `forward` and `dense_weight` and never ask what is inside: methods + quantizers, never their product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,48 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class PackedLinear(nn.Module, ABC):
+    """A linear whose weight is no parameter but buffers in some other form, so that nothing can train it.
+
+    ``stored_shapes`` and ``read`` are how the loader fills one that was built on "meta": from a file that holds the
+    packed buffers, or from the dense weight, which is packed as it comes.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    @abstractmethod
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> x W^T + b (..., out)."""
+
+    @abstractmethod
+    def dense_weight(self) -> torch.Tensor:
+        """W (out, in) in the compute dtype, made anew on each call."""
+
+    @abstractmethod
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the file this will be read from: end of the tensor's name -> shape; the bias is left out."""
+
+    @abstractmethod
+    def read(self, name: str, source: Any, device: torch.device) -> None:
+        """Fill this linear, called ``name``, from a `weights.source.TensorSource`; the bias is left out."""
+
+    @property
+    def num_weights(self) -> int:
+        """How many weights it stands for, the bias left out."""
+        return self.in_features * self.out_features
+
+
+def dense_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every parameter and of every packed linear's weight, dense, one at a time."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach()
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            yield f"{name}.weight", module.dense_weight()
 
 
 def project(x_TD: torch.Tensor, linears: Sequence[nn.Module]) -> tuple[torch.Tensor, ...]:

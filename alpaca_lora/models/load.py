@@ -6,7 +6,7 @@ Knows neither file formats (`weights` does) nor adapters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +19,16 @@ from alpaca_lora.models.build import build_model
 from alpaca_lora.models.classifier import SCORE_WEIGHT, expect_score, find_score
 from alpaca_lora.models.config import ModelConfig
 from alpaca_lora.models.decoder import CausalLM
+from alpaca_lora.models.linear import PackedLinear
 from alpaca_lora.text.tokenizer import Tokenizer
 from alpaca_lora.weights.gguf import GgufFile, open_gguf
 from alpaca_lora.weights.hub import resolve
 from alpaca_lora.weights.huggingface import HuggingFaceFolder, open_folder
 
 Source = HuggingFaceFolder | GgufFile
+# Puts packed linears into an empty model before it is compared with its file; returns what the model's fingerprint is
+# then (None: the file's own) and what the user should be told
+Pack = Callable[[CausalLM, Source, Compute], tuple[str | None, list[str]]]
 
 # Buffers that older files carry; they follow from the configuration.
 DERIVED = (".rotary_emb.inv_freq", ".attn.attention.bias", ".attn.attention.masked_bias")
@@ -45,10 +49,13 @@ class Base:
     notices: list[str] = field(default_factory=list)
 
 
-def load_base(path_or_name: str, compute: Compute, *, dtype: torch.dtype | None = None) -> Base:
+def load_base(
+    path_or_name: str, compute: Compute, *, dtype: torch.dtype | None = None, pack: Pack | None = None
+) -> Base:
     """Load a folder, .gguf file, hub id or alias; weights frozen, in ``dtype`` (default: the compute's), on its device.
 
-    Weights go one by one from the file into their place. ModelFileError: an architecture we cannot run, tensors that
+    Weights go one by one from the file into their place; ``pack`` (quantization/load.py) says which linears are kept
+    in another form. ModelFileError: an architecture we cannot run, tensors that
     are missing, extra or misshapen (named together), token ids without a row. NumericalError: a weight is not finite.
     """
     path = resolve(path_or_name)
@@ -58,11 +65,12 @@ def load_base(path_or_name: str, compute: Compute, *, dtype: torch.dtype | None 
         dtype = dtype or compute.dtype
         model = build_model(config, dtype=dtype)
         expect_score(model, source.shapes, source.config, file=path)
-        notices = [*source.notices, *check_tensors(source, model)]
+        packed_fingerprint, pack_notices = pack(model, source, compute) if pack is not None else (None, [])
+        notices = [*source.notices, *pack_notices, *check_tensors(source, model)]
         tokenizer = load_tokenizer(source)
         check_vocabulary(tokenizer, config, path)
         read_weights(source, model, dtype, compute.device)
-        fingerprint = source.fingerprint
+        fingerprint = packed_fingerprint or source.fingerprint
     finally:
         source.close()
     size = f"{config.num_layers} layers, {model.num_parameters() / 1e6:,.1f}M parameters"
@@ -97,6 +105,8 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> N
 def check_tensors(source: Source, model: CausalLM) -> list[str]:
     """Compare the names and shapes of all tensors with the model's -> notices. One ModelFileError names all misfits."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, linear in packed_linears(model):
+        expected |= {f"{name}.{part}": shape for part, shape in linear.stored_shapes().items()}
     found = {name: shape for name, shape in source.shapes.items() if not name.endswith(DERIVED)}
     notices = []
     if model.lm_head is None and TIED_HEAD in found:
@@ -157,3 +167,10 @@ def read_weights(source: Source, model: CausalLM, dtype: torch.dtype, device: to
         tensor = source.read(name, dtype=torch.float32 if name == SCORE_WEIGHT else dtype).to(device)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    for name, linear in packed_linears(model):
+        linear.read(name, source, device)
+
+
+def packed_linears(model: nn.Module) -> list[tuple[str, PackedLinear]]:
+    """(name, linear) of those whose weight is no parameter."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]

@@ -16,6 +16,7 @@ from torch import nn
 from alpaca_lora.adapters.base import Adapter
 from alpaca_lora.data.examples import StepBatch
 from alpaca_lora.errors import NumericalError
+from alpaca_lora.models.linear import PackedLinear
 from alpaca_lora.training.durable import replace_file
 from alpaca_lora.training.micro_batch import describe
 from alpaca_lora.training.optimizer import FlatAdamW
@@ -78,6 +79,9 @@ class FrozenCheck:
 
     def __init__(self, model: nn.Module) -> None:
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                self._frozen |= {f"{name}.{part}": buffer for part, buffer in module.named_buffers()}
         self._sums = _checksums(self._frozen.values())
 
     def check(self) -> None:

@@ -1,0 +1,50 @@
+"""A linear whose weight is made tile by tile and never stands whole, as one autograd node.
+
+    forward   Y[:, rows] = X W[rows]^T                 tiles of rows: each output is one product, rounded once
+    backward  dX[:, columns] = dY W[:, columns]        tiles of columns: the same holds for each input's gradient
+
+Nothing is kept for backward: W gets no gradient, and dX needs W alone, which is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+Tile = Callable[[slice, slice], torch.Tensor]  # (rows, columns) of W (out, in) -> that part of W, in the dtype of X
+
+# elements of a tile: 8 MB of bfloat16, which stays in the cache between the decoder that writes it and the product
+TILE_ELEMENTS = 2**22
+ALIGNMENT = 256  # tiles of columns begin on a multiple of this, so that no quantization block is cut in two
+
+
+class _TiledLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: torch.Tensor, tile: Tile, out_features: int) -> torch.Tensor:
+        in_features = x_TI.shape[1]
+        y_TO = x_TI.new_empty(x_TI.shape[0], out_features)
+        for rows in spans(out_features, in_features):
+            y_TO[:, rows] = x_TI @ tile(rows, slice(0, in_features)).t()
+        ctx.tile, ctx.in_features = tile, in_features
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        out_features = dy_TO.shape[1]
+        dx_TI = dy_TO.new_empty(dy_TO.shape[0], ctx.in_features)
+        for columns in spans(ctx.in_features, out_features):
+            dx_TI[:, columns] = dy_TO @ ctx.tile(slice(0, out_features), columns)
+        return dx_TI, None, None
+
+
+def spans(length: int, other: int) -> Iterator[slice]:
+    """Slices of an axis of ``length``, each with about `TILE_ELEMENTS` elements when it is ``other`` wide."""
+    step = max(ALIGNMENT, TILE_ELEMENTS // max(1, other) // ALIGNMENT * ALIGNMENT)
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def tiled_linear(x_TI: torch.Tensor, tile: Tile, out_features: int) -> torch.Tensor:
+    """As `reference.tiled_linear`: x W^T (T, out) in the dtype of x, with W (out, in) made by ``tile`` where needed."""
+    return _TiledLinear.apply(x_TI, tile, out_features)  # pyright: ignore[reportReturnType]
