@@ -135,5 +135,5 @@ def scale_columns(
 
 
 def tiled_linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """x W^T (T, out) in x's dtype, W (out, in) a constant: what a quantized linear computes, whatever W is stored as."""
+    """x W^T (T, out) in x's dtype, W (out, in) a constant: what a quantized linear computes, however W is stored."""
     return x_TI @ weight_OI.detach().to(x_TI.dtype).t()
