@@ -6,17 +6,14 @@ Knows module names and the linear contract; knows no method.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from alpaca_lora.errors import ConfigError, nearest
 from alpaca_lora.models.linear import LinearContract
-
-ALL_LINEAR = "all-linear"
-HEADS = ("lm_head", "score", "classifier")  # what `all-linear` leaves out, as PEFT does
-_METACHARACTERS = frozenset("*+?[](){}|^$\\")
+from alpaca_lora.models.module_names import ALL_LINEAR, HEADS, METACHARACTERS, name_matcher
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -57,28 +54,13 @@ def match_targets(model: nn.Module, entries: Sequence[str]) -> tuple[list[str], 
     found: set[str] = set()
     problems: list[str] = []
     for entry in entries:
-        matches = _matcher(entry)
+        matches = name_matcher(entry, "lora_target_modules")
         hits = [name for name in linears if matches(name)]
         found.update(hits)
         if not hits:
             others = [name for name in modules if name and matches(name)]
             problems.append(_problem(entry, others, modules, linears))
     return [name for name in linears if name in found], problems
-
-
-def _matcher(entry: str, field: str = "lora_target_modules") -> Callable[[str], bool]:
-    if entry == ALL_LINEAR:
-        return lambda name: name.rpartition(".")[2] not in HEADS
-    if _METACHARACTERS.isdisjoint(entry):
-        return lambda name: name == entry or name.endswith("." + entry)
-    try:
-        expression = re.compile(entry)
-    except re.error as error:
-        raise ConfigError(
-            f"{entry!r} is not a regular expression: {error}", field=field,
-            expected="a name or a regular expression of whole names", fix=r"for example '.*\.(q|v)_proj'",
-        ) from error  # fmt: skip
-    return lambda name: expression.fullmatch(name) is not None
 
 
 def _problem(entry: str, others: list[str], modules: Mapping[str, nn.Module], linears: list[str]) -> str:
@@ -102,7 +84,7 @@ def peft_spec(model: nn.Module, entries: Sequence[str], targets: Sequence[str]) 
     also matches what is no target: PEFT tries it on every module and refuses those that are no linear. Anything else
     becomes the shortest names: the last part where every module that ends so is a target, else the whole name.
     """
-    plain = all(entry != ALL_LINEAR and _METACHARACTERS.isdisjoint(entry) for entry in entries)
+    plain = all(entry != ALL_LINEAR and METACHARACTERS.isdisjoint(entry) for entry in entries)
     if plain:
         return sorted(set(entries))
     chosen = set(targets)
@@ -190,7 +172,7 @@ def find_modules(model: nn.Module, entries: Sequence[str], *, field: str = "modu
     names = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
     found: set[str] = set()
     for entry in entries:
-        matches = _matcher(entry, field)
+        matches = name_matcher(entry, field)
         hits = [name for name in names if matches(name)]
         if not hits:
             known = dict.fromkeys(name.rpartition(".")[2] for name in names)

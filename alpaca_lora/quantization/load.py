@@ -3,33 +3,62 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from alpaca_lora.device import Compute
+from alpaca_lora.errors import ConfigError
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.models.linear import Linear
-from alpaca_lora.models.load import Base, Source
+from alpaca_lora.models.load import Base, Source, packed_linears
 from alpaca_lora.models.load import load_base as load_dense
+from alpaca_lora.quantization.folder import Origin, is_quantized, read_plan
 from alpaca_lora.quantization.linear import QuantizedLinear
-from alpaca_lora.quantization.plan import Plan
-from alpaca_lora.quantization.scheme import Scheme
+from alpaca_lora.quantization.plan import Plan, linear_shapes
 
 
 def load_base(
-    path_or_name: str, compute: Compute, *, dtype: torch.dtype | None = None, scheme: Scheme | None = None
-) -> Base:
-    """As `models.load.load_base`; ``scheme`` quantizes every linear but the head, one by one, as it is read."""
-    if scheme is None:
-        return load_dense(path_or_name, compute, dtype=dtype)
+    path_or_name: str, compute: Compute, *, dtype: torch.dtype | None = None, quantize: str | None = None,
+    settings: dict[str, Any] | None = None, plan_file: str | PathLike[str] | None = None,
+) -> Base:  # fmt: skip
+    """As `models.load.load_base`, and folders of quantized models.
+
+    ``quantize``: a scheme (with ``settings``) for every linear but the head; ``plan_file``: a plan, in its place. Each
+    linear is quantized as it is read, so the dense model never exists. ConfigError, besides, when the model is
+    quantized already, or the plan does not fit it.
+    """
+    plans: list[Plan] = []
 
     def pack(model: CausalLM, source: Source, _: Compute) -> tuple[str | None, list[str]]:
-        plan = Plan.uniform(model, scheme)
-        put_on(model, plan, dtype or compute.dtype, is_stored=False)
-        return packed_fingerprint(source.fingerprint, plan), []
+        stored = is_quantized(source.path)
+        if not stored and quantize is None and plan_file is None:
+            return None, []
+        if stored and (quantize is not None or plan_file is not None):
+            raise ConfigError(
+                f"{source.path} is quantized already", field="quantize" if plan_file is None else "quantization_plan",
+                fix="leave it out, or give the dense model",
+            )  # fmt: skip
+        fingerprint = ""
+        if stored:
+            plan, fingerprint, _origin = read_plan(source.path, model)
+        elif plan_file is not None:
+            plan = Plan.from_file(model, plan_file)
+        else:
+            plan = Plan.uniform(model, quantize or "", settings)
+        plans.append(plan)
+        put_on(model, plan, dtype or compute.dtype, is_stored=stored)
+        origin = Origin(path_or_name, "" if stored else source.fingerprint)
+        return fingerprint or packed_fingerprint(origin, plan), []
 
-    return load_dense(path_or_name, compute, dtype=dtype, pack=pack)
+    base = load_dense(path_or_name, compute, dtype=dtype, pack=pack)
+    for plan in plans:
+        summary = plan.summary(linear_shapes(base.model))
+        base = replace(base, description=f"{base.description}, quantized: {summary}")
+    return base
 
 
 def put_on(model: CausalLM, plan: Plan, dtype: torch.dtype, *, is_stored: bool) -> None:
@@ -40,10 +69,33 @@ def put_on(model: CausalLM, plan: Plan, dtype: torch.dtype, *, is_stored: bool) 
         packed = QuantizedLinear(
             linear.in_features, linear.out_features, scheme, dtype=dtype, is_stored=is_stored, bias=linear.bias
         )
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, packed)
+        replace_module(model, name, packed)
 
 
-def packed_fingerprint(fingerprint: str, plan: Plan) -> str:
-    """The fingerprint of the base that ``plan`` makes of a dense base with ``fingerprint``."""
-    return hashlib.sha256(f"{fingerprint}\n{plan.digest()}".encode()).hexdigest()
+def pack_dense(model: CausalLM, plan: Plan) -> None:
+    """Quantize the linears of a model that is loaded dense, one by one, in place."""
+    for name, scheme in plan.schemes.items():
+        replace_module(model, name, QuantizedLinear.from_dense(model.get_submodule(name), scheme, name=name))
+
+
+def replace_module(model: CausalLM, name: str, module: torch.nn.Module) -> None:
+    """Put ``module`` where ``name`` is."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def packed_fingerprint(origin: Origin, plan: Plan) -> str:
+    """The fingerprint of the base that a plan makes of a dense base; the same wherever and whenever it is made."""
+    identity = [
+        origin.base_fingerprint, plan.digest(), origin.int4_method, origin.calibration_sha256, origin.adapter_sha256
+    ]  # fmt: skip
+    return hashlib.sha256("\n".join(identity).encode()).hexdigest()
+
+
+def refuse_quantized(model: CausalLM, path: Path) -> None:
+    """ConfigError for a base that has packed linears, where a dense one is needed."""
+    if packed_linears(model):
+        raise ConfigError(
+            f"{path} is quantized already", field="base_model", expected="a dense model",
+            fix="give the model that it was made of",
+        )  # fmt: skip

@@ -1,0 +1,113 @@
+"""A quantized model as a folder: the parts of each linear as safetensors, and `quantization.json`, the plan and where
+it came from.
+
+The configuration names a `quant_method` of ours, so that transformers refuses the folder instead of misreading it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alpaca_lora.errors import ModelFileError
+from alpaca_lora.models.decoder import CausalLM
+from alpaca_lora.models.load import Base, packed_linears
+from alpaca_lora.quantization.plan import Plan
+from alpaca_lora.weights.contained import contained_file, read_json
+from alpaca_lora.weights.huggingface import write_folder
+
+PLAN_NAME = "quantization.json"
+FORMAT_VERSION = 1
+QUANT_METHOD = "alpaca_lora"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a quantized model was made of, and how; part of its fingerprint.
+
+    base_fingerprint: of the dense base. int4_method: round, gptq or awq. calibration_sha256: of the token ids that
+    calibrated schemes saw. adapter_sha256: of an adapter that was folded in first.
+    """
+
+    base_model: str
+    base_fingerprint: str
+    int4_method: str = "round"
+    calibration_sha256: str = ""
+    calibration_tokens: int = 0
+    adapter_sha256: str = ""
+    version: str = ""
+    statistics: dict[str, Any] = field(default_factory=dict)  # figures of the making; not part of the identity
+
+
+def write_quantized(
+    folder: str | PathLike[str], base: Base, plan: Plan, origin: Origin, *, fingerprint: str,
+    dense_dtype: torch.dtype, extra_files: Mapping[str, bytes] | None = None, max_shard_bytes: int = 4_000_000_000,
+) -> Path:  # fmt: skip
+    """Write a base whose linears are packed as the plan says; what stays dense is stored as ``dense_dtype``.
+
+    The folder appears whole or not at all. UserError when it exists, MachineError when the disk fails.
+    """
+    content = {
+        "format_version": FORMAT_VERSION, "fingerprint": fingerprint, **dataclasses.asdict(origin),
+        "plan": plan.to_entries(),
+    }  # fmt: skip
+    config = {
+        **base.config.to_hf(), "torch_dtype": str(dense_dtype).removeprefix("torch."),
+        "quantization_config": {"quant_method": QUANT_METHOD},
+    }  # fmt: skip
+    files = {PLAN_NAME: (json.dumps(content, indent=1, sort_keys=True) + "\n").encode(), **(extra_files or {})}
+    return write_folder(
+        folder, _tensors(base.model, dense_dtype), config, extra_files=files, tokenizer_saver=base.tokenizer.save,
+        max_shard_bytes=max_shard_bytes,
+    )  # fmt: skip
+
+
+def _tensors(model: CausalLM, dense_dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach().to(dense_dtype)
+    for name, linear in packed_linears(model):
+        for part, tensor in linear.named_buffers():
+            yield f"{name}.{part}", tensor
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether the path is a folder that `write_quantized` made."""
+    return path.is_dir() and (path / PLAN_NAME).exists()
+
+
+def read_plan(path: Path, model: CausalLM) -> tuple[Plan, str, Origin]:
+    """(plan, fingerprint, origin) of a quantized folder for an empty model. ModelFileError naming the file and what is
+    wrong with it.
+    """
+    file = contained_file(path, PLAN_NAME)
+    content = read_json(file)
+    version = content.pop("format_version", None)
+    if type(version) is not int or version < 1:
+        raise ModelFileError("is missing or no number", file=file, field="format_version")
+    if version > FORMAT_VERSION:
+        raise ModelFileError(
+            f"format {version} is newer than this program", file=file, field="format_version",
+            expected=f"at most {FORMAT_VERSION}", fix="update alpaca-lora",
+        )  # fmt: skip
+    plan = Plan.from_stored(model, content.pop("plan", None), file=file)
+    fingerprint = content.pop("fingerprint", None)
+    if not isinstance(fingerprint, str) or len(fingerprint) != 64:
+        raise ModelFileError("is missing or not 64 digits", file=file, field="fingerprint")
+    defaults = {one.name: one for one in dataclasses.fields(Origin)}
+    for key, value in content.items():
+        if key not in defaults:
+            raise ModelFileError("unknown key", file=file, field=key, expected=f"one of {', '.join(defaults)}")
+        kind = {"calibration_tokens": int, "statistics": dict}.get(key, str)
+        if type(value) is not kind:
+            raise ModelFileError(f"is {str(value)[:60]!r}", file=file, field=key, expected=kind.__name__)
+    for key in ("base_model", "base_fingerprint"):
+        if key not in content:
+            raise ModelFileError("is missing", file=file, field=key)
+    return plan, fingerprint, Origin(**content)
