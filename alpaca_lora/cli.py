@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "answer a prompt, or chat in the terminal, with a base model and an adapter",
     "merge": "fold an adapter into its base model and write a Hugging Face folder",
     "combine": "make one LoRA adapter of several that were trained on the same base model",
+    "quantize": "write a base model with its weights in fewer bits, as a folder that every command takes",
     "pull": "fetch a model into the cache",
 }
 SIGPIPE_EXIT = 141

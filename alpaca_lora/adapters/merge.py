@@ -25,6 +25,7 @@ from alpaca_lora.errors import AdapterError, NumericalError, UserError
 from alpaca_lora.models.attention import Packed
 from alpaca_lora.models.classifier import SCORE_WEIGHT, class_logits, classifier_config, find_score, padding_id
 from alpaca_lora.models.decoder import CausalLM
+from alpaca_lora.models.linear import dense_state
 from alpaca_lora.models.load import Base, load_base
 from alpaca_lora.text.rendered import Rendered, Span
 from alpaca_lora.text.tokenizer import Tokenizer
@@ -88,10 +89,10 @@ def merge_into_folder(
             extra_files=_extra_files(base, record), tokenizer_saver=partial(_save_tokenizer, base, record),
             max_shard_bytes=max_shard_bytes,
         )  # fmt: skip
-        effect = _difference(wanted_TV, _logits(base.model, ids, lengths))[1]
+        effect = difference(wanted_TV, _logits(base.model, ids, lengths))[1]
         base.model.to("meta")  # gives the memory back
         merged = load_base(str(unchecked), replace(compute, dtype=torch.float32))
-        largest, mean = _difference(wanted_TV, _logits(merged.model, ids, lengths))
+        largest, mean = difference(wanted_TV, _logits(merged.model, ids, lengths))
         limit = bound or (FLOAT32_BOUND if dtype == torch.float32 else BFLOAT16_BOUND * float(wanted_TV.std()))
         report = MergeReport(Path(folder), dtype, largest, mean, effect, limit, len(ids))
         _judge(report)
@@ -119,7 +120,7 @@ def check_free(folder: str | PathLike[str]) -> None:
 
 def storage_dtype(model: nn.Module) -> torch.dtype:
     """bfloat16 if every weight of a base is a bfloat16 number, so that only merged ones are rounded; else float32."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in dense_state(model):
         if name != SCORE_WEIGHT and not torch.equal(parameter, parameter.bfloat16().to(parameter.dtype)):
             return torch.float32
     return torch.bfloat16
@@ -135,9 +136,9 @@ def _merged_parameters(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -
         done.add(name)
         yield name, weight if name == SCORE_WEIGHT else weight.to(dtype)
     adapter.remove()
-    for name, parameter in model.named_parameters():
+    for name, weight in dense_state(model):
         if name not in done and not (left_out and name.startswith(left_out)):
-            yield name, parameter.detach() if name == SCORE_WEIGHT else parameter.detach().to(dtype)
+            yield name, weight if name == SCORE_WEIGHT else weight.to(dtype)
 
 
 def _config(base: Base, dtype: torch.dtype, record: AdapterRecord | None) -> dict[str, object]:
@@ -188,6 +189,11 @@ def _generation_config(tokenizer: Tokenizer, record: AdapterRecord | None) -> di
     return {"generation_config.json": (json.dumps(generation, indent=2, sort_keys=True) + "\n").encode()}
 
 
+def prompt_logits(base: Base) -> torch.Tensor:
+    """float32 logits (T, V) of a base, with whatever adapter is on it, on the four texts that merging compares."""
+    return _logits(base.model, *_prompt_ids(base))
+
+
 def _prompt_ids(base: Base) -> tuple[list[int], list[int]]:
     """The prompts as one stream of tokens, and the length of each."""
     start = [base.tokenizer.bos_id] if base.tokenizer.add_bos and base.tokenizer.bos_id is not None else []
@@ -209,7 +215,7 @@ def _logits(model: CausalLM, ids: Sequence[int], lengths: Sequence[int]) -> torc
     return logits.cpu()
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+def difference(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
     """Largest and mean absolute difference; infinite where either is not a number."""
     difference = (one - other).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
     return float(difference.max()), float(difference.mean())

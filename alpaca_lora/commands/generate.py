@@ -17,6 +17,7 @@ from rich.console import Console
 
 from alpaca_lora.adapters.peft_format import load_adapter
 from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord, read_record
+from alpaca_lora.commands.base_model import open_base
 from alpaca_lora.commands.chat import Chat
 from alpaca_lora.commands.label import Labeller, label_texts
 from alpaca_lora.commands.schemas import GenerateConfig
@@ -26,7 +27,7 @@ from alpaca_lora.errors import UserError
 from alpaca_lora.inference.engine import Engine
 from alpaca_lora.inference.prompts import PromptFormat
 from alpaca_lora.inference.request import Completion, SamplingParams
-from alpaca_lora.models.load import Base, load_base
+from alpaca_lora.models.load import Base
 from alpaca_lora.text.messages import Conversation, Message
 from alpaca_lora.text.templates import load_template
 
@@ -87,7 +88,7 @@ def run(config: GenerateConfig, *, resolved: Resolved[GenerateConfig], console: 
     classifier what `label.label_texts` returns.
     """
     compute = pick_compute(config.device, config.dtype, config.num_threads)
-    base = load_base(config.base_model, compute)
+    base = open_base(config, compute, lora_weights=config.lora_weights, say=lambda text: _note(console, text))
     _note(console, f"base model: {base.name}: {base.description} ({compute.reason})")
     for notice in base.notices:
         _note(console, notice)

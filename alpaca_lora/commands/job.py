@@ -11,6 +11,7 @@ from rich.console import Console
 from alpaca_lora import __version__
 from alpaca_lora.adapters.base import Adapter, method_class
 from alpaca_lora.adapters.record import AdapterRecord
+from alpaca_lora.commands.base_model import open_base
 from alpaca_lora.commands.schemas import FinetuneConfig
 from alpaca_lora.data.loader import Loader
 from alpaca_lora.data.prepare import Prepared, prepare
@@ -18,7 +19,7 @@ from alpaca_lora.data.preview import class_counts_table
 from alpaca_lora.device import Compute, pick_compute, seed_everything
 from alpaca_lora.errors import ConfigError
 from alpaca_lora.models.classifier import attach_score, refuse_classifier
-from alpaca_lora.models.load import Base, load_base
+from alpaca_lora.models.load import Base
 from alpaca_lora.text.rendered import Rendered, Span, Template
 from alpaca_lora.text.templates import load_template
 from alpaca_lora.training.classification import ClassificationLoss, class_weights
@@ -79,7 +80,7 @@ def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> J
     say = speaker(console)
     compute = pick_compute(config.device, config.dtype, config.num_threads)
     seed_everything(config.seed)
-    base = load_base(config.base_model, compute)
+    base = open_base(config, compute)
     say(f"base model: {base.name}: {base.description} ({compute.reason})")
     for notice in base.notices:
         say(notice)

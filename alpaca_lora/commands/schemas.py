@@ -15,6 +15,7 @@ from alpaca_lora.config import Options
 from alpaca_lora.data.options import DataOptions
 from alpaca_lora.inference.options import GenerationOptions
 from alpaca_lora.models.options import ModelOptions
+from alpaca_lora.quantization.options import QuantizationOptions, QuantizeOptions
 from alpaca_lora.text.options import TextOptions
 from alpaca_lora.training.options import TrainingOptions
 
@@ -36,7 +37,7 @@ OF_GENERATION = (
 )  # fmt: skip
 
 
-class FinetuneConfig(ModelOptions, DataOptions, TextOptions, AdapterOptions, TrainingOptions):
+class FinetuneConfig(ModelOptions, QuantizationOptions, DataOptions, TextOptions, AdapterOptions, TrainingOptions):
     """Everything a training run depends on."""
 
     @model_validator(mode="before")
@@ -66,7 +67,7 @@ class CheckConfig(FinetuneConfig):
     """The same keys as finetune: what is checked is what would run."""
 
 
-class GenerateConfig(ModelOptions, GenerationOptions, TextOptions):
+class GenerateConfig(ModelOptions, QuantizationOptions, GenerationOptions, TextOptions):
     """A base model, perhaps an adapter, and how to answer."""
 
 
@@ -81,9 +82,14 @@ class MergeOptions(Options):
         description="refuse to publish when merged and base + adapter differ by more; none: what rounding explains",
     )
     max_shard_gb: float = Field(4.0, gt=0, le=1_000_000, description="size of a weight file, in GB (1e9 bytes)")
+    merge_onto: Literal["dequantized", "original"] = Field(
+        "dequantized",
+        description="an adapter trained on a quantized base: merge into the weights that it saw (dequantized), or into "
+        "the dense ones that these were made of; the differences of both are printed",
+    )
 
 
-class MergeConfig(ModelOptions, MergeOptions):
+class MergeConfig(ModelOptions, QuantizationOptions, MergeOptions):
     """A base model, an adapter, and where the merged model goes."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -91,6 +97,20 @@ class MergeConfig(ModelOptions, MergeOptions):
         description="dtype of the merged weights, computed in float32; auto: bfloat16 only if every base weight is "
         "exactly a bfloat16 number, else float32",
     )
+
+
+class QuantizeConfig(ModelOptions, QuantizeOptions, TextOptions):
+    """A dense base model, the form its weights are to have, and where the folder goes."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype of what stays dense (embedding, head, norms); auto: bfloat16"
+    )
+
+    def unused(self) -> dict[str, str]:
+        why = super().unused()
+        if "calibration_data" in why:
+            why |= dict.fromkeys(("prompt_template_name", "system_prompt"), why["calibration_data"])
+        return why
 
 
 CombinationKind = Literal[
@@ -145,5 +165,6 @@ SCHEMAS: dict[str, type[Options]] = {
     "generate": GenerateConfig,
     "merge": MergeConfig,
     "combine": CombineConfig,
+    "quantize": QuantizeConfig,
     "pull": PullConfig,
 }

@@ -137,3 +137,11 @@ def scale_columns(
 def tiled_linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """x W^T (T, out) in x's dtype, W (out, in) a constant: what a quantized linear computes, however W is stored."""
     return x_TI @ weight_OI.detach().to(x_TI.dtype).t()
+
+
+def decode_four_bit(
+    codes_OI: torch.Tensor, table: torch.Tensor, scales_OI: torch.Tensor, zeros_OI: torch.Tensor | None
+) -> torch.Tensor:
+    """(table[code] - zero) scale in float32; codes, scales and zero points stand beside each weight (out, in)."""
+    values_OI = table[codes_OI.long()]
+    return (values_OI if zeros_OI is None else values_OI - zeros_OI) * scales_OI

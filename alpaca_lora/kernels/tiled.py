@@ -39,6 +39,33 @@ class _TiledLinear(torch.autograd.Function):
         return dx_TI, None, None
 
 
+class _ScaledLinear(torch.autograd.Function):
+    """Y = (X C^T) s,  dX = (dY s) C, with C in the dtype of X a tile at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
+        y_TO = x_TI.new_empty(x_TI.shape[0], codes_OI.shape[0])
+        for rows in spans(*codes_OI.shape):
+            product = x_TI @ codes_OI[rows].to(x_TI.dtype).t()
+            torch.mul(product, scales_O[rows].to(x_TI.dtype), out=y_TO[:, rows])
+        ctx.save_for_backward(codes_OI, scales_O)
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        codes_OI, scales_O = ctx.saved_tensors
+        scaled_TO = dy_TO * scales_O.to(dy_TO.dtype)
+        dx_TI = dy_TO.new_empty(dy_TO.shape[0], codes_OI.shape[1])
+        for columns in spans(codes_OI.shape[1], codes_OI.shape[0]):
+            dx_TI[:, columns] = scaled_TO @ codes_OI[:, columns].to(dy_TO.dtype)
+        return dx_TI, None, None
+
+
+def scaled_linear(x_TI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
+    """As `reference.tiled_linear` with W = codes * scales by rows; codes of a dtype whose numbers are exact in x's."""
+    return _ScaledLinear.apply(x_TI, codes_OI, scales_O)  # pyright: ignore[reportReturnType]
+
+
 def spans(length: int, other: int) -> Iterator[slice]:
     """Slices of an axis of ``length``, each with about `TILE_ELEMENTS` elements when it is ``other`` wide."""
     step = max(ALIGNMENT, TILE_ELEMENTS // max(1, other) // ALIGNMENT * ALIGNMENT)

@@ -82,6 +82,12 @@ def is_quantized(path: Path) -> bool:
     return path.is_dir() and (path / PLAN_NAME).exists()
 
 
+def read_origin(path: Path) -> Origin:
+    """What a quantized folder was made of. ModelFileError as `read_plan`."""
+    content = read_json(file := contained_file(path, PLAN_NAME))
+    return _origin({k: v for k, v in content.items() if k not in ("format_version", "plan", "fingerprint")}, file)
+
+
 def read_plan(path: Path, model: CausalLM) -> tuple[Plan, str, Origin]:
     """(plan, fingerprint, origin) of a quantized folder for an empty model. ModelFileError naming the file and what is
     wrong with it.
@@ -100,6 +106,10 @@ def read_plan(path: Path, model: CausalLM) -> tuple[Plan, str, Origin]:
     fingerprint = content.pop("fingerprint", None)
     if not isinstance(fingerprint, str) or len(fingerprint) != 64:
         raise ModelFileError("is missing or not 64 digits", file=file, field="fingerprint")
+    return plan, fingerprint, _origin(content, file)
+
+
+def _origin(content: Mapping[str, Any], file: Path) -> Origin:
     defaults = {one.name: one for one in dataclasses.fields(Origin)}
     for key, value in content.items():
         if key not in defaults:
@@ -110,4 +120,4 @@ def read_plan(path: Path, model: CausalLM) -> tuple[Plan, str, Origin]:
     for key in ("base_model", "base_fingerprint"):
         if key not in content:
             raise ModelFileError("is missing", file=file, field=key)
-    return plan, fingerprint, Origin(**content)
+    return Origin(**content)

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import torch
 
-from alpaca_lora.quantization.scheme import Part, Parts, Scheme
+from alpaca_lora.kernels.tiled import scaled_linear
+from alpaca_lora.quantization.scheme import Part, Parts, Scheme, by_rows
 
 LARGEST = 127
 
@@ -28,11 +29,17 @@ class Int8(Scheme):
         }
 
     def quantize(self, weight_OI: torch.Tensor, *, name: str) -> dict[str, torch.Tensor]:
-        weight_OI = weight_OI.float()
-        scales_O = weight_OI.abs().amax(1) / LARGEST
-        # a row of zeros has scale zero and codes zero
-        codes_OI = (weight_OI / scales_O.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_()
-        return {"codes": codes_OI.clamp_(-LARGEST, LARGEST).to(torch.int8), "scales": scales_O}
+        def some(rows_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+            scales_O = rows_OI.abs().amax(1) / LARGEST
+            # a row of zeros has scale zero and codes zero
+            codes_OI = (rows_OI / scales_O.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_()
+            return {"codes": codes_OI.clamp_(-LARGEST, LARGEST).to(torch.int8), "scales": scales_O}
+
+        return by_rows(weight_OI, name, some)
+
+    def apply(self, x_TI: torch.Tensor, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
+        """x W^T = (x C^T) s: codes are exact in bfloat16, so the product sees no rounded weight."""
+        return scaled_linear(x_TI, parts["codes"], parts["scales"])
 
     def tile(
         self, parts: Parts, shape: tuple[int, int], rows: slice, columns: slice, dtype: torch.dtype

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from alpaca_lora.kernels.tiled import spans
 from alpaca_lora.models.linear import PackedLinear
 from alpaca_lora.quantization.scheme import Scheme
+
+OnRead = Callable[[str, "QuantizedLinear", torch.Tensor | None], None]  # name, linear, the dense weight it was made of
 
 
 class QuantizedLinear(PackedLinear):
     """y = x W^T + b with W stored as the parts of ``scheme``, which are buffers of their own names (codes, scales ...).
 
     ``dtype``: the compute dtype, that of `dense_weight`; inputs may have another. ``is_stored``: whether the file that
-    `read` takes it from holds the parts, or the dense weight that is to be quantized.
+    `read` takes it from holds the parts, or the dense weight that is to be quantized. ``on_read``: told when it is
+    read.
     """
 
     def __init__(
         self, in_features: int, out_features: int, scheme: Scheme, *, dtype: torch.dtype, is_stored: bool = False,
-        bias: nn.Parameter | None = None, device: torch.device | str = "meta",
+        bias: nn.Parameter | None = None, device: torch.device | str = "meta", on_read: OnRead | None = None,
     ) -> None:  # fmt: skip
         super().__init__(in_features, out_features)
-        self.scheme, self.dtype, self.is_stored, self.bias = scheme, dtype, is_stored, bias
+        self.scheme, self.dtype, self.is_stored, self.bias, self._on_read = scheme, dtype, is_stored, bias, on_read
         self.part_names = tuple(scheme.parts(out_features, in_features))
         for name, part in scheme.parts(out_features, in_features).items():
             self.register_buffer(name, torch.empty(part.shape, dtype=part.dtype, device=device))
@@ -78,11 +83,27 @@ class QuantizedLinear(PackedLinear):
         if not self.is_stored:
             weight = source.read(f"{name}.weight").to(device)
             self.set_parts(self.scheme.quantize(weight, name=name))
+            self._tell(name, weight)
             return
         parts = {part: source.read(f"{name}.{part}").to(device) for part in self.part_names}
         file = source.where(f"{name}.{self.part_names[0]}")
         self.scheme.check_parts(parts, name=name, file=file)
         self.set_parts(parts)
+        self._tell(name, None)
+
+    def _tell(self, name: str, weight: torch.Tensor | None) -> None:
+        if self._on_read is not None:
+            self._on_read(name, self, weight)
+
+    def relative_error(self, weight_OI: torch.Tensor) -> float:
+        """Norm of what quantizing changed over the norm of the weight; a tile at a time, in float32."""
+        wrong = whole = 0.0
+        for rows in spans(*self.shape):
+            some = weight_OI[rows].float()
+            tile = self.scheme.tile(self.stored_parts(), self.shape, rows, slice(0, self.in_features), torch.float32)
+            wrong += float((tile - some).square_().sum(dtype=torch.float64))
+            whole += float(some.square().sum(dtype=torch.float64))
+        return (wrong / whole) ** 0.5 if whole else 0.0
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.to_json()}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,22 +14,24 @@ from alpaca_lora.device import Compute
 from alpaca_lora.errors import ConfigError
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.models.linear import Linear
-from alpaca_lora.models.load import Base, Source, packed_linears
+from alpaca_lora.models.load import Base, Source
 from alpaca_lora.models.load import load_base as load_dense
 from alpaca_lora.quantization.folder import Origin, is_quantized, read_plan
-from alpaca_lora.quantization.linear import QuantizedLinear
+from alpaca_lora.quantization.linear import OnRead, QuantizedLinear
 from alpaca_lora.quantization.plan import Plan, linear_shapes
 
 
 def load_base(
     path_or_name: str, compute: Compute, *, dtype: torch.dtype | None = None, quantize: str | None = None,
     settings: dict[str, Any] | None = None, plan_file: str | PathLike[str] | None = None,
+    on_read: OnRead | None = None, on_plan: Callable[[Plan, str], None] | None = None,
 ) -> Base:  # fmt: skip
     """As `models.load.load_base`, and folders of quantized models.
 
     ``quantize``: a scheme (with ``settings``) for every linear but the head; ``plan_file``: a plan, in its place. Each
     linear is quantized as it is read, so the dense model never exists. ConfigError, besides, when the model is
-    quantized already, or the plan does not fit it.
+    quantized already, or the plan does not fit it. ``on_plan`` is called with the plan and the
+    dense base's fingerprint before the first weight is read, ``on_read`` for each linear.
     """
     plans: list[Plan] = []
 
@@ -50,8 +52,10 @@ def load_base(
         else:
             plan = Plan.uniform(model, quantize or "", settings)
         plans.append(plan)
-        put_on(model, plan, dtype or compute.dtype, is_stored=stored)
+        put_on(model, plan, dtype or compute.dtype, is_stored=stored, on_read=on_read)
         origin = Origin(path_or_name, "" if stored else source.fingerprint)
+        if on_plan is not None:
+            on_plan(plan, origin.base_fingerprint)
         return fingerprint or packed_fingerprint(origin, plan), []
 
     base = load_dense(path_or_name, compute, dtype=dtype, pack=pack)
@@ -61,14 +65,15 @@ def load_base(
     return base
 
 
-def put_on(model: CausalLM, plan: Plan, dtype: torch.dtype, *, is_stored: bool) -> None:
+def put_on(model: CausalLM, plan: Plan, dtype: torch.dtype, *, is_stored: bool, on_read: OnRead | None = None) -> None:
     """Put an empty `QuantizedLinear` in the place of each linear of an empty model that the plan names."""
     for name, scheme in plan.schemes.items():
         linear: Any = model.get_submodule(name)
         assert isinstance(linear, Linear), name
         packed = QuantizedLinear(
-            linear.in_features, linear.out_features, scheme, dtype=dtype, is_stored=is_stored, bias=linear.bias
-        )
+            linear.in_features, linear.out_features, scheme, dtype=dtype, is_stored=is_stored, bias=linear.bias,
+            on_read=on_read,
+        )  # fmt: skip
         replace_module(model, name, packed)
 
 
@@ -90,12 +95,3 @@ def packed_fingerprint(origin: Origin, plan: Plan) -> str:
         origin.base_fingerprint, plan.digest(), origin.int4_method, origin.calibration_sha256, origin.adapter_sha256
     ]  # fmt: skip
     return hashlib.sha256("\n".join(identity).encode()).hexdigest()
-
-
-def refuse_quantized(model: CausalLM, path: Path) -> None:
-    """ConfigError for a base that has packed linears, where a dense one is needed."""
-    if packed_linears(model):
-        raise ConfigError(
-            f"{path} is quantized already", field="base_model", expected="a dense model",
-            fix="give the model that it was made of",
-        )  # fmt: skip

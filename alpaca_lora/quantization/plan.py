@@ -83,7 +83,7 @@ class Plan:
 
     @classmethod
     def from_stored(cls, model: nn.Module, entries: Any, *, file: str | PathLike[str]) -> Plan:
-        """The plan of a quantized folder, which names linears in full. ModelFileError when it does not fit the model."""
+        """The plan of a quantized folder, its linears named in full. ModelFileError when it does not fit the model."""
         try:
             return cls.from_entries(model, entries, file=file)
         except ConfigError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Self
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 
 from alpaca_lora.errors import ConfigError, ModelFileError, NumericalError, nearest
-from alpaca_lora.kernels.tiled import tiled_linear
+from alpaca_lora.kernels.tiled import spans, tiled_linear
 
 SCHEMES: Mapping[str, str] = {
     "nf4": "alpaca_lora.quantization.nf4:NF4",
@@ -118,6 +118,22 @@ class Scheme(ABC):
     def problem(self) -> tuple[str, str] | None:
         """(setting, what is wrong with its value), whatever the weight; None: nothing."""
         return None
+
+
+def by_rows(
+    weight_OI: torch.Tensor, name: str, quantize: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """The parts of a weight whose rows are quantized apart from each other: ``quantize`` sees some rows at a time, in
+    float32, so that nothing of the weight's size stands beside it. NumericalError naming the weight when it is not
+    finite.
+    """
+    pieces = []
+    for rows in spans(*weight_OI.shape):
+        some = weight_OI[rows].float()
+        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(some)):  # NaN wins in both
+            raise NumericalError("weights that are NaN or infinite", field=name)
+        pieces.append(quantize(some))
+    return {part: torch.cat([piece[part] for piece in pieces]) for part in pieces[0]}
 
 
 def _wrong(

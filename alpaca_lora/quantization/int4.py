@@ -1,0 +1,122 @@
+"""int4 in groups: W[o, i] = (codes[o, i] - zero[o, g]) scale[o, g] for the group g of inputs that i lies in.
+
+Symmetric: zero is 8 and scale the group's largest magnitude over 7, so that codes run from 1 to 15. Asymmetric: the
+range from the smallest (at most 0) to the largest (at least 0) is cut into fifteen steps. Scales are rounded to float16
+before the codes are chosen, so that the codes are the best for the scale that is stored. With ``input_scales`` the
+decoded weight is divided by a factor for each input (Lin et al. 2023, AWQ, equation 4: Q(W s) s^-1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+
+from alpaca_lora.errors import ConfigError
+from alpaca_lora.kernels.four_bit import BlockScales, decode_four_bit, pack_codes
+from alpaca_lora.quantization.scheme import Part, Parts, Scheme, by_rows
+
+LEVELS = 15  # steps between the smallest and the largest code
+MIDDLE = 8
+TINY = 2.0**-24  # smallest float16: a scale below it would be stored as zero
+
+
+@dataclass(frozen=True)
+class Int4(Scheme):
+    """codes uint8 (out in / 2,), two to a byte, high half first; scales float16 (out, groups); zeros uint8 (out,
+    groups) unless symmetric; input_scales float32 (in,) if set.
+    """
+
+    name: ClassVar[str] = "int4"
+    group_size: int = 128
+    symmetric: bool = False
+    input_scales: bool = False
+
+    def problem(self) -> tuple[str, str] | None:
+        if self.group_size < 2 or self.group_size % 2:
+            return "group_size", f"is {self.group_size}, expected an even number of inputs"
+        return None
+
+    def parts(self, out_features: int, in_features: int) -> dict[str, Part]:
+        groups = in_features // self.group_size
+        if groups * self.group_size != in_features:
+            whole = [n for n in range(2, in_features + 1, 2) if in_features % n == 0]
+            nearest = sorted(whole, key=lambda n: abs(n - self.group_size))[:3]
+            fix = f"nearest: {', '.join(map(str, sorted(nearest)))}" if nearest else "keep this linear dense"
+            raise ConfigError(
+                f"{self.group_size} does not divide the {in_features} inputs of a linear of {out_features} x "
+                f"{in_features}", field="group_size", fix=fix,
+            )  # fmt: skip
+        parts = {
+            "codes": Part((out_features * in_features // 2,), torch.uint8),
+            "scales": Part((out_features, groups), torch.float16),
+        }
+        if not self.symmetric:
+            parts["zeros"] = Part((out_features, groups), torch.uint8)
+        if self.input_scales:
+            parts["input_scales"] = Part((in_features,), torch.float32)
+        return parts
+
+    def quantize(self, weight_OI: torch.Tensor, *, name: str) -> dict[str, torch.Tensor]:
+        """Round to nearest; input scales are ones."""
+
+        def some(rows_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+            grouped_OGN = rows_OI.unflatten(1, (-1, self.group_size))
+            scale_OG, zero_OG = self.group_parameters(grouped_OGN)
+            codes_OGN = self.round_to_codes(grouped_OGN, scale_OG[..., None], zero_OG[..., None])
+            return self.pack(codes_OGN.flatten(1), scale_OG, zero_OG)
+
+        parts = by_rows(weight_OI, name, some)
+        if self.input_scales:
+            parts["input_scales"] = torch.ones(weight_OI.shape[1], device=weight_OI.device)
+        return parts
+
+    def group_parameters(self, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale, zero) float32 of weights (..., group): the last axis shares them. The scale is a float16 number."""
+        if self.symmetric:
+            scale = group.abs().amax(-1) / (MIDDLE - 1)
+        else:
+            low, high = group.amin(-1).clamp(max=0), group.amax(-1).clamp(min=0)
+            scale = (high - low) / LEVELS
+        scale = scale.clamp(TINY, torch.finfo(torch.float16).max).to(torch.float16).float()
+        if self.symmetric:
+            return scale, torch.full_like(scale, MIDDLE)
+        return scale, (-low / scale).round_().clamp_(0, LEVELS)
+
+    def round_to_codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Codes, float32 whole numbers from 0 (symmetric: 1) to 15, nearest to weight / scale + zero."""
+        return (weight / scale + zero).round_().clamp_(1 if self.symmetric else 0, LEVELS)
+
+    def pack(self, codes_OI: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Parts of codes (out, in) and of the scale and zero point of each group."""
+        parts = {"codes": pack_codes(codes_OI.to(torch.uint8)), "scales": scale_OG.to(torch.float16)}
+        if not self.symmetric:
+            parts["zeros"] = zero_OG.to(torch.uint8)
+        return parts
+
+    def tile(
+        self, parts: Parts, shape: tuple[int, int], rows: slice, columns: slice, dtype: torch.dtype
+    ) -> torch.Tensor:
+        # whole rows of groups: what is decoded shares its first row with the scales that are handed over
+        groups = slice(rows.start, rows.stop)
+        scales = parts["scales"][groups].float().view(-1)
+        zeros = parts["zeros"][groups].float().view(-1) if not self.symmetric else None
+        if zeros is None:
+            zeros = torch.full_like(scales, MIDDLE)
+        row_bytes = shape[1] // 2
+        codes = parts["codes"][rows.start * row_bytes : rows.stop * row_bytes]
+        count = rows.stop - rows.start
+        table = _table().to(codes.device)
+        tile = decode_four_bit(
+            codes, table, BlockScales(scales), zeros, (count, shape[1]), self.group_size, slice(0, count), columns,
+            torch.float32 if self.input_scales else dtype,
+        )  # fmt: skip
+        return (tile / parts["input_scales"][columns]).to(dtype) if self.input_scales else tile
+
+
+@cache
+def _table() -> torch.Tensor:
+    """float32 (16,): a code is its own value."""
+    return torch.arange(16, dtype=torch.float32)

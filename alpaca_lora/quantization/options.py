@@ -1,0 +1,115 @@
+"""What a user may choose about the form of the base's weights. No torch here: `--help` and configuration errors must
+not pay for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from alpaca_lora.config import Options
+from alpaca_lora.errors import ConfigError
+
+# schemes that need nothing but the weights
+OnLoad = Literal["nf4", "fp4", "fp8", "int8", "int4", "int8_dynamic"]
+SchemeName = Literal["nf4", "fp4", "fp8", "int8", "int4", "int8_dynamic", "int8_static", "mixed"]
+FOUR_BIT = frozenset(("nf4", "fp4"))
+# key -> (setting of the scheme, the schemes that have it)
+SETTINGS: Mapping[str, tuple[str, frozenset[str]]] = {
+    "block_size": ("block_size", FOUR_BIT), "double_quant": ("double_quant", FOUR_BIT),
+    "group_size": ("group_size", frozenset(("int4",))), "symmetric": ("symmetric", frozenset(("int4",))),
+    "fp8_format": ("format", frozenset(("fp8",))), "observer": ("observer", frozenset(("int8_static",))),
+    "percentile": ("percentile", frozenset(("int8_static",))),
+}  # fmt: skip
+
+
+class QuantizationOptions(Options):
+    """Of commands that load a base model: in which form its linears are kept."""
+
+    quantize: OnLoad | None = Field(
+        None, description="quantize the base while it is loaded: every linear but the head; none: as it is stored"
+    )
+    quantization_plan: str | None = Field(
+        None, description="quantize the base while it is loaded by this plan, a JSON file; see docs/quantization.md"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> QuantizationOptions:
+        if self.quantize is not None and self.quantization_plan is not None:
+            raise ConfigError("stands beside quantization_plan", field="quantize", fix="leave one of both out")
+        return self
+
+
+class QuantizeOptions(Options):
+    """Of the command `quantize`."""
+
+    scheme: SchemeName | None = Field(None, description="how every linear but the head is stored; mixed: each its own")
+    plan: str | None = Field(None, description="a plan, a JSON file, in place of scheme; see docs/quantization.md")
+    output_dir: str = Field(min_length=1, description="folder to write; it must not hold a model yet")
+    lora_weights: str | None = Field(
+        None, min_length=1, description="adapter folder to fold into the weights first, in float32"
+    )
+    block_size: int | None = Field(None, ge=16, le=4096, description="nf4, fp4: weights that share a scale (64)")
+    double_quant: bool | None = Field(None, description="nf4, fp4: the scales themselves in 8 bits (true)")
+    group_size: int | None = Field(
+        None, ge=8, le=65536, description="int4: inputs that share a scale (128, or the next half that divides)"
+    )
+    symmetric: bool | None = Field(None, description="int4: no zero points (false)")
+    fp8_format: Literal["e4m3", "e5m2"] | None = Field(None, description="fp8: bits of exponent and fraction (e4m3)")
+    observer: Literal["minmax", "percentile", "mse"] | None = Field(
+        None, description="int8_static: how the range of the activations is found on the calibration rows"
+    )
+    percentile: float | None = Field(None, gt=50, le=100, description="int8_static with observer percentile (99.9)")
+    int4_method: Literal["round", "gptq", "awq"] = Field(
+        "round", description="int4: round to nearest; or with calibration rows gptq or awq, which make up for errors"
+    )
+    calibration_data: str | None = Field(
+        None, min_length=1, description="rows that the model is run on: a text file, or any data file"
+    )
+    calibration_tokens: int = Field(16384, ge=1, le=10_000_000, description="how many tokens of them")
+    bits: float | None = Field(
+        None, gt=0, le=16, description="mixed: the most bits per weight on average, for example 4.5"
+    )
+    max_perplexity_increase: float | None = Field(
+        None, gt=0, le=10, description="mixed: the most that the perplexity may grow, for example 0.01 for 1 %"
+    )
+    max_shard_gb: float = Field(4.0, gt=0, le=1_000_000, description="size of a weight file, in GB (1e9 bytes)")
+
+    @model_validator(mode="after")
+    def _what_belongs_together(self) -> QuantizeOptions:
+        if (self.scheme is None) == (self.plan is None):
+            raise ConfigError("scheme or plan", field="scheme", expected="one of both", fix="--scheme nf4, for example")
+        if self.scheme == "mixed" and (self.bits is None) == (self.max_perplexity_increase is None):
+            raise ConfigError("mixed needs a budget", field="bits", expected="bits or max_perplexity_increase")
+        if self.needs_calibration and self.calibration_data is None:
+            raise ConfigError(
+                "missing: this is made by running the model on rows", field="calibration_data",
+                expected="a text file, or any data file",
+            )  # fmt: skip
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the model has to be run on sample rows, by the scheme's name alone."""
+        return self.scheme in ("int8_static", "mixed") or self.int4_method != "round"
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that were given for the scheme, by the scheme's own names."""
+        given = {key: getattr(self, key) for key in SETTINGS}
+        return {SETTINGS[key][0]: value for key, value in given.items() if value is not None}
+
+    def unused(self) -> dict[str, str]:
+        name = self.scheme if self.scheme is not None else "plan"
+        why = {key: f"scheme {name} does not read it" for key, (_, by) in SETTINGS.items() if name not in by}
+        if self.scheme not in ("int4", "mixed", None):
+            why["int4_method"] = f"scheme {name} does not read it"
+        if self.scheme != "mixed":
+            why |= dict.fromkeys(("bits", "max_perplexity_increase"), f"scheme {name} does not read it")
+        if not self.needs_calibration and self.plan is None:
+            reason = f"scheme {name} needs no calibration rows"
+            why |= dict.fromkeys(("calibration_data", "calibration_tokens"), reason)
+        if self.observer != "percentile":
+            why["percentile"] = "observer is not percentile"
+        return why
