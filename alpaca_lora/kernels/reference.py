@@ -145,3 +145,18 @@ def decode_four_bit(
     """(table[code] - zero) scale in float32; codes, scales and zero points stand beside each weight (out, in)."""
     values_OI = table[codes_OI.long()]
     return (values_OI if zeros_OI is None else values_OI - zeros_OI) * scales_OI
+
+
+def integer_linear(
+    x_TI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor, scale: torch.Tensor | None
+) -> torch.Tensor:
+    """Activations rounded to 8 bits, by each token's largest magnitude or by one ``scale`` (1,), times 8-bit weights
+    codes * scales_O; the products exact, in x's dtype outside. The gradient passes the rounding by (straight-through).
+    """
+    wide_TI = x_TI.float()
+    if scale is None:
+        scale = wide_TI.detach().abs().amax(1, keepdim=True).div(127).clamp_min(torch.finfo(torch.float32).tiny)
+    rounded_TI = (wide_TI.detach() * scale.reciprocal()).round().clamp(-127, 127)
+    product_TO = (rounded_TI.double() @ codes_OI.double().t()).float() * scales_O * scale
+    through_TO = x_TI @ (codes_OI.float() * scales_O[:, None]).to(x_TI.dtype).t()
+    return product_TO.to(x_TI.dtype) + through_TO - through_TO.detach()

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from alpaca_lora.kernels.float8 import widen
+
 Tile = Callable[[slice, slice], torch.Tensor]  # (rows, columns) of W (out, in) -> that part of W, in the dtype of X
 
 # elements of a tile: 8 MB of bfloat16, which stays in the cache between the decoder that writes it and the product
@@ -46,7 +48,7 @@ class _ScaledLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
         y_TO = x_TI.new_empty(x_TI.shape[0], codes_OI.shape[0])
         for rows in spans(*codes_OI.shape):
-            product = x_TI @ codes_OI[rows].to(x_TI.dtype).t()
+            product = x_TI @ widen(codes_OI[rows], x_TI.dtype).t()
             torch.mul(product, scales_O[rows].to(x_TI.dtype), out=y_TO[:, rows])
         ctx.save_for_backward(codes_OI, scales_O)
         return y_TO
@@ -57,7 +59,7 @@ class _ScaledLinear(torch.autograd.Function):
         scaled_TO = dy_TO * scales_O.to(dy_TO.dtype)
         dx_TI = dy_TO.new_empty(dy_TO.shape[0], codes_OI.shape[1])
         for columns in spans(codes_OI.shape[1], codes_OI.shape[0]):
-            dx_TI[:, columns] = scaled_TO @ codes_OI[:, columns].to(dy_TO.dtype)
+            dx_TI[:, columns] = scaled_TO @ widen(codes_OI[:, columns], dy_TO.dtype)
         return dx_TI, None, None
 
 

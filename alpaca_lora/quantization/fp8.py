@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from alpaca_lora.kernels.float8 import widen
 from alpaca_lora.kernels.tiled import scaled_linear
 from alpaca_lora.quantization.scheme import Part, Parts, Scheme, by_rows
 
@@ -51,4 +52,4 @@ class FP8(Scheme):
     def tile(
         self, parts: Parts, shape: tuple[int, int], rows: slice, columns: slice, dtype: torch.dtype
     ) -> torch.Tensor:
-        return (parts["codes"][rows, columns].float() * parts["scales"][rows, None]).to(dtype)
+        return (widen(parts["codes"][rows, columns], torch.float32) * parts["scales"][rows, None]).to(dtype)

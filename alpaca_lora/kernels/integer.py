@@ -1,0 +1,68 @@
+"""Products of 8-bit integers, weights and activations both, as one autograd node.
+
+    X8 = round(X / a)   Y = (X8 C^T) a s,  the product in whole numbers (int32), scaled in float32
+    dX = (dY s) C       straight-through: rounding and clipping of X have derivative 1 (Bengio et al. 2013)
+
+a: one scale for each token, or one for all; s: one for each output; C: int8 (out, in).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from alpaca_lora.kernels.tiled import spans
+
+LARGEST = 127
+EXACT_INPUTS = 1024  # products of 8 bits that float32 adds up exactly: 1024 * 127^2 < 2^24
+
+
+class _IntegerLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor, scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        x8_TI, scale_T1 = quantize_tokens(x_TI) if scale is None else (quantize_with(x_TI, scale), scale)
+        y_TO = integer_product(x8_TI, codes_OI).float().mul_(scales_O).mul_(scale_T1)
+        ctx.save_for_backward(codes_OI, scales_O)
+        return y_TO.to(x_TI.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        codes_OI, scales_O = ctx.saved_tensors
+        scaled_TO = dy_TO * scales_O.to(dy_TO.dtype)
+        dx_TI = dy_TO.new_empty(dy_TO.shape[0], codes_OI.shape[1])
+        for columns in spans(codes_OI.shape[1], codes_OI.shape[0]):
+            dx_TI[:, columns] = scaled_TO @ codes_OI[:, columns].to(dy_TO.dtype)
+        return dx_TI, None, None, None
+
+
+def integer_linear(
+    x_TI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As `reference.integer_linear`, (T, out) in x's dtype. scale: of all activations (1,); None: each token's own."""
+    return _IntegerLinear.apply(x_TI, codes_OI, scales_O, scale)  # pyright: ignore[reportReturnType]
+
+
+def quantize_tokens(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 (T, in), float32 scales (T, 1)), each token by its largest magnitude."""
+    scale_T1 = x_TI.abs().amax(1, keepdim=True).float().div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
+    return torch.mul(x_TI, scale_T1.reciprocal()).round_().to(torch.int8), scale_T1
+
+
+def quantize_with(x_TI: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """int8 (T, in) by a scale that is known beforehand; what lies beyond it is clipped."""
+    return torch.mul(x_TI, scale.reciprocal()).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+
+
+def integer_product(x8_TI: torch.Tensor, codes_OI: torch.Tensor) -> torch.Tensor:
+    """X C^T of int8 matrices, int32 (T, out), exactly."""
+    if x8_TI.device.type == "cpu":
+        return torch._int_mm(x8_TI, codes_OI.t())
+    # elsewhere torch asks for certain sizes; sums of so few products are exact in float32
+    total = torch.zeros(x8_TI.shape[0], codes_OI.shape[0], dtype=torch.int32, device=x8_TI.device)
+    for start in range(0, x8_TI.shape[1], EXACT_INPUTS):
+        part = slice(start, start + EXACT_INPUTS)
+        total += (x8_TI[:, part].float() @ codes_OI[:, part].float().t()).to(torch.int32)
+    return total
