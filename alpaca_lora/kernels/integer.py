@@ -59,7 +59,7 @@ def quantize_with(x_TI: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def integer_product(x8_TI: torch.Tensor, codes_OI: torch.Tensor) -> torch.Tensor:
     """X C^T of int8 matrices, int32 (T, out), exactly."""
     if x8_TI.device.type == "cpu":
-        return torch._int_mm(x8_TI, codes_OI.t())
+        return torch._int_mm(x8_TI, codes_OI.t())  # pyright: ignore[reportPrivateImportUsage]
     # elsewhere torch asks for certain sizes; sums of so few products are exact in float32
     total = torch.zeros(x8_TI.shape[0], codes_OI.shape[0], dtype=torch.int32, device=x8_TI.device)
     for start in range(0, x8_TI.shape[1], EXACT_INPUTS):

@@ -29,6 +29,7 @@ Source = HuggingFaceFolder | GgufFile
 # Puts packed linears into an empty model before it is compared with its file; returns what the model's fingerprint is
 # then (None: the file's own) and what the user should be told
 Pack = Callable[[CausalLM, Source, Compute], tuple[str | None, list[str]]]
+Fill = Callable[[Source, CausalLM, torch.dtype, torch.device], None]
 
 # Buffers that older files carry; they follow from the configuration.
 DERIVED = (".rotary_emb.inv_freq", ".attn.attention.bias", ".attn.attention.masked_bias")
@@ -50,13 +51,15 @@ class Base:
 
 
 def load_base(
-    path_or_name: str, compute: Compute, *, dtype: torch.dtype | None = None, pack: Pack | None = None
-) -> Base:
+    path_or_name: str, compute: Compute, *, dtype: torch.dtype | None = None, pack: Pack | None = None,
+    fill: Fill | None = None,
+) -> Base:  # fmt: skip
     """Load a folder, .gguf file, hub id or alias; weights frozen, in ``dtype`` (default: the compute's), on its device.
 
     Weights go one by one from the file into their place; ``pack`` (quantization/load.py) says which linears are kept
-    in another form. ModelFileError: an architecture we cannot run, tensors that
-    are missing, extra or misshapen (named together), token ids without a row. NumericalError: a weight is not finite.
+    in another form, ``fill`` puts the weights in place in the loader's stead. ModelFileError: an architecture we cannot
+    run, tensors that are missing, extra or misshapen (named together), token ids without a row. NumericalError: a weight
+    is not finite.
     """
     path = resolve(path_or_name)
     source = open_source(path)
@@ -69,7 +72,7 @@ def load_base(
         notices = [*source.notices, *pack_notices, *check_tensors(source, model)]
         tokenizer = load_tokenizer(source)
         check_vocabulary(tokenizer, config, path)
-        read_weights(source, model, dtype, compute.device)
+        (fill or read_weights)(source, model, dtype, compute.device)
         fingerprint = packed_fingerprint or source.fingerprint
     finally:
         source.close()
@@ -160,14 +163,18 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def read_weights(source: Source, model: CausalLM, dtype: torch.dtype, device: torch.device) -> None:
-    """Put each tensor of the file in its place, one by one; the model on the meta device takes no memory before."""
-    for name, _ in list(model.named_parameters()):
+def read_weights(
+    source: Source, model: CausalLM, dtype: torch.dtype, device: torch.device, names: Iterable[str] | None = None
+) -> None:
+    """Put each tensor of the file in its place, one by one; the model on the meta device takes no memory before.
+    ``names``: only these parameters, and no packed linear.
+    """
+    for name in [name for name, _ in model.named_parameters()] if names is None else list(names):
         # the classification head is float32 everywhere
         tensor = source.read(name, dtype=torch.float32 if name == SCORE_WEIGHT else dtype).to(device)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    for name, linear in packed_linears(model):
+    for name, linear in packed_linears(model) if names is None else ():
         linear.read(name, source, device)
 
 

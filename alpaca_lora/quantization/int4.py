@@ -75,11 +75,8 @@ class Int4(Scheme):
 
     def group_parameters(self, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, zero) float32 of weights (..., group): the last axis shares them. The scale is a float16 number."""
-        if self.symmetric:
-            scale = group.abs().amax(-1) / (MIDDLE - 1)
-        else:
-            low, high = group.amin(-1).clamp(max=0), group.amax(-1).clamp(min=0)
-            scale = (high - low) / LEVELS
+        low, high = group.amin(-1).clamp(max=0), group.amax(-1).clamp(min=0)
+        scale = torch.maximum(-low, high) / (MIDDLE - 1) if self.symmetric else (high - low) / LEVELS
         scale = scale.clamp(TINY, torch.finfo(torch.float16).max).to(torch.float16).float()
         if self.symmetric:
             return scale, torch.full_like(scale, MIDDLE)
