@@ -38,7 +38,9 @@ class Int8(Scheme):
         return by_rows(weight_OI, name, some)
 
     def apply(self, x_TI: torch.Tensor, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
-        """x W^T = (x C^T) s: codes are exact in bfloat16, so the product sees no rounded weight."""
+        """x W^T = (x C^T) s. Codes are exact in bfloat16, where codes * scales would be rounded weight by weight; the
+        products are added up in float32, rounded to the dtype of x, scaled in float32 and rounded again.
+        """
         return scaled_linear(x_TI, parts["codes"], parts["scales"])
 
     def tile(

@@ -104,13 +104,15 @@ class Scheme(ABC):
     def make(cls, settings: Mapping[str, Any], *, file: str | PathLike[str] | None = None) -> Self:
         """From settings as they stand in a plan; those left out have their defaults. An error names what is wrong."""
         known = {field.name: field for field in dataclasses.fields(cls)}
+        values = {}
         for key, value in settings.items():
             if key not in known:
                 raise _wrong(f"unknown setting of {cls.name}", file, key, f"one of {', '.join(known) or 'none'}")
-            default = known[key].default
-            if type(value) is not type(default):
-                raise _wrong(f"is {value!r}", file, key, type(default).__name__)
-        scheme = cls(**settings)
+            wanted = type(known[key].default)
+            values[key] = float(value) if wanted is float and type(value) is int else value
+            if type(values[key]) is not wanted:
+                raise _wrong(f"is {value!r}", file, key, wanted.__name__)
+        scheme = cls(**values)
         if problem := scheme.problem():
             raise _wrong(problem[1], file, problem[0], None)
         return scheme
