@@ -18,7 +18,7 @@ from alpaca_lora.adapters.lora import Lora
 from alpaca_lora.adapters.lora_config import Setting
 from alpaca_lora.adapters.lora_linear import DropoutRows, LoRALinear, initial_A, salt_of
 from alpaca_lora.errors import NumericalError
-from alpaca_lora.kernels.scale import scale_columns
+from alpaca_lora.kernels.scale import scale_columns, scale_learn
 
 MAGNITUDE = "lora_magnitude_vector"
 TINY = 1e-24  # square of a norm below which a row has no direction: an all-zero row stays zero instead of NaN
@@ -46,6 +46,16 @@ class DoRALinear(LoRALinear):
 
     def finish(self, z_TO: torch.Tensor) -> torch.Tensor:
         return scale_columns(z_TO, self.magnitude, self.inverse_norm(), getattr(self.base, "bias", None))
+
+    def up(self) -> torch.Tensor:
+        """g B, with g a constant for B: W' = g (W + s B A)."""
+        return (self.magnitude.detach() * self.inverse_norm())[:, None] * self.lora_B
+
+    def learn(self, y_TO: torch.Tensor) -> torch.Tensor:
+        """The magnitude's gradient from the output itself, which is a multiple of it: for schemes whose scales follow
+        the weights of a row, Q(m v) = m Q(v), so this is the derivative of the quantized weight, too.
+        """
+        return scale_learn(y_TO, self.magnitude, getattr(self.base, "bias", None))
 
     def inverse_norm(self) -> torch.Tensor:
         """1 / ||W + s B A|| of each row (out,), float32, a constant.

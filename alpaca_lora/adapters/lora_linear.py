@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from alpaca_lora.adapters.linear_adapter import AdaptedLinear, base_weight, seeded
+from alpaca_lora.errors import ConfigError
 from alpaca_lora.kernels.dropout import DropoutKey
-from alpaca_lora.kernels.lora import lora_add
+from alpaca_lora.kernels.lora import lora_add, lora_learn
 from alpaca_lora.models.linear import project
 
 
@@ -78,6 +79,37 @@ class LoRALinear(AdaptedLinear):
             )  # fmt: skip
         outputs = [one.finish(y) if isinstance(one, LoRALinear) else y for one, y in zip(linears, outputs, strict=True)]
         return tuple(outputs) if x.ndim == 2 else tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+    @staticmethod
+    def learn_together(
+        x_TD: torch.Tensor, outputs: Sequence[torch.Tensor], linears: Sequence[LoRALinear]
+    ) -> tuple[torch.Tensor, ...]:
+        """Outputs (T, out) that the merged weights of ``linears`` made of x, rounded or not: as they are, in the same
+        memory, with the gradient that A and B have when W' = W + s B A makes them (straight-through). x gets none here.
+
+        ConfigError for an adapter with dropout, which no merged weight can have.
+        """
+        if any(one.rows.p for one in linears):
+            raise ConfigError(
+                "dropout of the adapter's input cannot be where base and adapter are quantized as one weight",
+                field="lora_dropout", expected="0",
+            )  # fmt: skip
+        learned = lora_learn(
+            outputs,
+            x_TD,
+            [one.down() for one in linears],
+            [one.up() for one in linears],
+            [one.scale for one in linears],
+        )
+        return tuple(one.learn(y) for one, y in zip(linears, learned, strict=True))
+
+    def up(self) -> torch.Tensor:
+        """The B (out, R) of W' = W + s B A (`learn_together`), through which lora_B gets its gradient."""
+        return self.lora_B
+
+    def learn(self, y_TO: torch.Tensor) -> torch.Tensor:
+        """y as it is; what a relative learns from it besides A and B (DoRA's magnitude)."""
+        return y_TO
 
     def down(self) -> torch.Tensor | None:
         """What x is multiplied by (R, in): lora_A, or what a relative makes of it; None where nothing is added."""

@@ -38,6 +38,8 @@ class AdapterRecord:
     config: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
+    # scheme, settings and dtype of a run that trained for them; empty otherwise
+    quantization_aware: dict[str, Any] = field(default_factory=dict)
     version: str = ""  # of this package
     adapter_sha256: str = ""  # of adapter_model.safetensors; filled in by `save_adapter`
     format_version: int = RECORD_FORMAT
@@ -66,7 +68,8 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "base_model": (str,), "base_fingerprint": (str,), "template": (dict,), "system_prompt": (str, type(None)),
     "stop_ids": (list,), "stop_strings": (list,), "add_bos": (bool,), "add_eos": (bool,),
     "tokenizer_fingerprint": (str,), "data_hashes": (dict,),
-    "config": (dict,), "metrics": (dict,), "labels": (list,), "version": (str,), "adapter_sha256": (str,),
+    "config": (dict,), "metrics": (dict,), "labels": (list,),
+    "quantization_aware": (dict,), "version": (str,), "adapter_sha256": (str,),
     "format_version": (int,),
 }  # fmt: skip
 _ITEM_TYPES: Mapping[str, type] = {"stop_ids": int, "stop_strings": str, "data_hashes": str, "labels": str}

@@ -97,7 +97,8 @@ def facts(job: Job) -> dict[str, Any]:
     batch = longest_batch(job.prepared.train, config.micro_batch_size * config.cutoff_len, config.batch_size)
     trained = [(name, tuple(p.shape), str(p.dtype)) for name, p in job.adapter.trained_parameters()]
     return {
-        "base": job.base.fingerprint, "method": config.method, "trained": trained, "adapter": job.adapter.config,
+        "base": job.base.fingerprint, "quantization_aware": [config.quantization_aware, config.settings()],
+        "method": config.method, "trained": trained, "adapter": job.adapter.config,
         "lengths": list(batch.lengths),
         "labels": batch.num_supervised, "gradient_checkpointing": config.gradient_checkpointing,
         "machine": [platform.node(), platform.processor(), str(job.compute.device), job.compute.num_threads],

@@ -19,7 +19,9 @@ from alpaca_lora.data.preview import class_counts_table
 from alpaca_lora.device import Compute, pick_compute, seed_everything
 from alpaca_lora.errors import ConfigError
 from alpaca_lora.models.classifier import attach_score, refuse_classifier
-from alpaca_lora.models.load import Base
+from alpaca_lora.models.load import Base, packed_linears
+from alpaca_lora.quantization.plan import Plan, linear_shapes
+from alpaca_lora.quantization.qat import fake_quantize
 from alpaca_lora.text.rendered import Rendered, Span, Template
 from alpaca_lora.text.templates import load_template
 from alpaca_lora.training.classification import ClassificationLoss, class_weights
@@ -71,8 +73,15 @@ class Job:
             stop_ids=list(tokenizer.stop_ids), stop_strings=list(self.template.stop_tokens),
             add_bos=tokenizer.add_bos, add_eos=self.config.add_eos_token, tokenizer_fingerprint=tokenizer.fingerprint,
             data_hashes=dict(self.prepared.data_hashes), config=self.config.model_dump(), metrics=metrics,
-            labels=list(self.prepared.labels), version=__version__,
+            labels=list(self.prepared.labels), version=__version__, quantization_aware=self._trained_for(),
         )  # fmt: skip
+
+    def _trained_for(self) -> dict[str, Any]:
+        """The scheme and its settings, and the dtype of the weights that were merged and quantized."""
+        if self.config.quantization_aware is None:
+            return {}
+        scheme, dtype = self.config.quantization_aware, self.compute.dtype_name
+        return {"scheme": scheme, "settings": self.config.settings(), "dtype": dtype}
 
 
 def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> Job:
@@ -119,16 +128,25 @@ def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> J
 
 
 def _attach(config: FinetuneConfig, base: Base, say: Callable[[str], None]) -> Adapter:
-    """The method of the configuration, on the base."""
+    """The method of the configuration, on the base; where it is quantization-aware, through quantized weights."""
 
     def encode_text(text: str) -> list[int]:
         tokenizer = base.tokenizer
         front = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
         return front + list(tokenizer.encode(Rendered(text, (Span(0, len(text)),), (), False, True)).ids)
 
+    plan = None
+    if config.quantization_aware is not None:
+        if packed_linears(base.model):
+            raise ConfigError(f"{base.name} is quantized already", field="quantization_aware", expected="a dense base")
+        plan = Plan.uniform(base.model, config.quantization_aware, config.settings())
+    shapes = linear_shapes(base.model)
     adapter = method_class(config.method).attach(base.model, config, seed=config.seed, encode_text=encode_text)
     for message in adapter.messages:
         say(message)
+    if plan is not None:
+        fake_quantize(base.model, plan)
+        say(f"quantization-aware: trained for {plan.summary(shapes)}")
     return adapter
 
 

@@ -13,9 +13,10 @@ from pydantic import Field, model_validator
 from alpaca_lora.adapters.options import READ_BY, AdapterOptions
 from alpaca_lora.config import Options
 from alpaca_lora.data.options import DataOptions
+from alpaca_lora.errors import ConfigError
 from alpaca_lora.inference.options import GenerationOptions
 from alpaca_lora.models.options import ModelOptions
-from alpaca_lora.quantization.options import QuantizationOptions, QuantizeOptions
+from alpaca_lora.quantization.options import QatOptions, QuantizationOptions, QuantizeOptions
 from alpaca_lora.text.options import TextOptions
 from alpaca_lora.training.options import TrainingOptions
 
@@ -37,7 +38,7 @@ OF_GENERATION = (
 )  # fmt: skip
 
 
-class FinetuneConfig(ModelOptions, QuantizationOptions, DataOptions, TextOptions, AdapterOptions, TrainingOptions):
+class FinetuneConfig(ModelOptions, QatOptions, DataOptions, TextOptions, AdapterOptions, TrainingOptions):
     """Everything a training run depends on."""
 
     @model_validator(mode="before")
@@ -46,10 +47,22 @@ class FinetuneConfig(ModelOptions, QuantizationOptions, DataOptions, TextOptions
         if not isinstance(data, dict):
             return data
         method = data.get("method")
-        return {**(METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}), **data}
+        # a weight that is quantized as a whole holds the update: there is no input of its own to drop
+        folded = {"lora_dropout": 0.0} if data.get("quantization_aware") is not None else {}
+        return {**folded, **(METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}), **data}
+
+    @model_validator(mode="after")
+    def _no_dropout_of_a_folded_update(self) -> FinetuneConfig:
+        if self.quantization_aware is not None and self.lora_dropout and self.method in READ_BY["lora_dropout"]:
+            raise ConfigError(
+                f"is {self.lora_dropout:g} beside quantization_aware, whose weights hold the update", expected="0",
+                field="lora_dropout", fix="leave it out",
+            )  # fmt: skip
+        return self
 
     def unused(self) -> dict[str, str]:
-        why = {key: f"method {self.method} does not read it" for key, by in READ_BY.items() if self.method not in by}
+        why = QatOptions.unused(self)
+        why |= {key: f"method {self.method} does not read it" for key, by in READ_BY.items() if self.method not in by}
         if self.method == "freeze" and self.trained_modules:
             why["train_last_layers"] = "trained_modules says what is trained"
         if not self.prefix_projection:

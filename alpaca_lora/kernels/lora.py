@@ -9,6 +9,9 @@ two cancel (PiSSA), they do so before anything is rounded to y's dtype. It gets 
 for none.
 
 Kept for backward: x itself, no masked copy, and the rank-wide U. The mask is drawn again.
+
+`lora_learn` has that backward without the addition: for outputs that hold the update already, in a weight that was
+rounded as a whole. There x gets no gradient: that of the rounded weight is all of it.
 """
 
 from __future__ import annotations
@@ -53,24 +56,61 @@ class _LoraAdd(torch.autograd.Function):
         ranks = [a.shape[0] for a in As]
         wide_As, wide_Bs = _beside(As, Bs, ctx.constants, x_TD.dtype)
         gs = [(dy @ b).mul_(s) for dy, b, s in zip(grads, wide_Bs, scales, strict=True)]
-        dBs = [
-            (dy.t() @ u[:, :rank]).float().mul_(s) if needed else None
-            for dy, u, rank, s, needed in zip(grads, us, ranks, scales, needs_B, strict=True)
-        ]
+        dBs = _gradients_of_B(grads, us, ranks, scales, needs_B)
         bits = None if ctx.dropout is None else keep_bits(ctx.dropout, x_TD.shape[1])
-        dAs: list[torch.Tensor | None] = [None] * n
-        wanted = [i for i in range(n) if needs_A[i]]
-        if wanted:
-            g_TR = torch.cat([gs[i][:, : ranks[i]] for i in wanted], dim=1)
-            da_cat = (g_TR.t() @ (x_TD if bits is None else mask_bits(x_TD, bits))).float()
-            for i, da in zip(wanted, da_cat.split([ranks[i] for i in wanted]), strict=True):
-                dAs[i] = da
+        dAs = _gradients_of_A(x_TD if bits is None or not any(needs_A) else mask_bits(x_TD, bits), gs, ranks, needs_A)
         dx_TD = None
         if needs_x:
             dx_TD = torch.cat(gs, dim=1) @ torch.cat(wide_As)
             if bits is not None:
                 dx_TD = mask_bits(dx_TD, bits, in_place=True)
         return dx_TD, None, None, None, *grads, *dAs, *dBs
+
+
+class _LoraLearn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, scales: tuple[float, ...], *rest: torch.Tensor):
+        n = len(scales)
+        ctx.mark_dirty(*rest[:n])
+        ctx.save_for_backward(x_TD, *rest[n:])
+        ctx.scales = scales
+        return rest[:n]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        n, scales = len(ctx.scales), ctx.scales
+        x_TD, *saved = ctx.saved_tensors
+        As, Bs = [a.to(x_TD.dtype) for a in saved[:n]], [b.to(x_TD.dtype) for b in saved[n:]]
+        needs_A, needs_B = ctx.needs_input_grad[2 + n : 2 + 2 * n], ctx.needs_input_grad[2 + 2 * n :]
+        ranks = [a.shape[0] for a in As]
+        us = (x_TD @ torch.cat(As).t()).split(ranks, dim=1)
+        gs = [(dy @ b).mul_(s) for dy, b, s in zip(grads, Bs, scales, strict=True)]
+        dAs = _gradients_of_A(x_TD, gs, ranks, needs_A)
+        return None, None, *grads, *dAs, *_gradients_of_B(grads, us, ranks, scales, needs_B)
+
+
+def _gradients_of_B(
+    grads: Sequence[torch.Tensor], us: Sequence[torch.Tensor], ranks: Sequence[int], scales: Sequence[float],
+    needed: Sequence[bool],
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """s_i dY_i^T U_i of the trained columns, float32."""
+    return [
+        (dy.t() @ u[:, :rank]).float().mul_(s) if wanted else None
+        for dy, u, rank, s, wanted in zip(grads, us, ranks, scales, needed, strict=True)
+    ]
+
+
+def _gradients_of_A(
+    x_TD: torch.Tensor, gs: Sequence[torch.Tensor], ranks: Sequence[int], needed: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """G_i^T x of the trained rows, float32: one product for all."""
+    das: list[torch.Tensor | None] = [None] * len(gs)
+    wanted = [i for i, one in enumerate(needed) if one]
+    if wanted:
+        g_TR = torch.cat([gs[i][:, : ranks[i]] for i in wanted], dim=1)
+        for i, da in zip(wanted, (g_TR.t() @ x_TD).float().split([ranks[i] for i in wanted]), strict=True):
+            das[i] = da
+    return das
 
 
 def _beside(
@@ -108,3 +148,24 @@ def lora_add(
     for i, result in zip(chosen, results, strict=True):
         added[i] = result
     return tuple(added)
+
+
+def lora_learn(
+    outputs: Sequence[torch.Tensor],
+    x_TD: torch.Tensor,
+    As: Sequence[torch.Tensor | None],
+    Bs: Sequence[torch.Tensor | None],
+    scales: Sequence[float],
+) -> tuple[torch.Tensor, ...]:
+    """As `reference.lora_learn`: the outputs as they are, in the same memory; their gradient goes to A and B too."""
+    chosen = [i for i, a in enumerate(As) if a is not None]
+    if not chosen:
+        return tuple(outputs)
+    results = _LoraLearn.apply(
+        x_TD.detach(), tuple(scales[i] for i in chosen), *(outputs[i] for i in chosen), *(As[i] for i in chosen),
+        *(Bs[i] for i in chosen),
+    )  # fmt: skip
+    learned = list(outputs)
+    for i, result in zip(chosen, results, strict=True):
+        learned[i] = result
+    return tuple(learned)

@@ -120,6 +120,21 @@ def lora_add(
     return tuple(added)
 
 
+def lora_learn(
+    outputs: Sequence[torch.Tensor],
+    x_TD: torch.Tensor,
+    As: Sequence[torch.Tensor | None],
+    Bs: Sequence[torch.Tensor | None],
+    scales: Sequence[float],
+) -> tuple[torch.Tensor, ...]:
+    """The outputs as they are; A and B get the gradient that they have in `lora_add`, x gets none here.
+
+    Straight-through (Bengio et al. 2013): the outputs come from a weight that holds the update already, rounded.
+    """
+    updates = lora_add([torch.zeros_like(output) for output in outputs], x_TD.detach(), As, Bs, scales)
+    return tuple(output + (update - update.detach()) for output, update in zip(outputs, updates, strict=True))
+
+
 def scale_columns(
     z_TO: torch.Tensor, m_O: torch.Tensor, inverse_norm_O: torch.Tensor | None, bias_O: torch.Tensor | None
 ) -> torch.Tensor:
@@ -132,6 +147,20 @@ def scale_columns(
     factor_O = m_O.float() if inverse_norm_O is None else m_O.float() * inverse_norm_O.detach()
     center_O = 0.0 if bias_O is None else bias_O.detach().float()
     return (factor_O * (z_TO.float() - center_O) + center_O).to(z_TO.dtype)
+
+
+def scale_learn(y_TO: torch.Tensor, m_O: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    """y as it is, where y - b is a multiple of m already: m gets sum_T dy (y - b) / m in float32, 0 where m is 0."""
+    center_O = 0.0 if bias_O is None else bias_O.detach().float()
+    unit_TO = torch.where(m_O != 0, (y_TO.detach().float() - center_O) / m_O.detach(), 0.0)
+    scaled_TO = m_O * unit_TO
+    return y_TO + (scaled_TO - scaled_TO.detach()).to(y_TO.dtype)
+
+
+def weight_learn(y_TO: torch.Tensor, x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """y (T, out) as it is; W (out, in) gets the gradient dY^T X of x W^T, x gets none here (straight-through)."""
+    product_TO = F.linear(x_TI.detach(), weight_OI)
+    return y_TO + (product_TO - product_TO.detach()).to(y_TO.dtype)
 
 
 def tiled_linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:

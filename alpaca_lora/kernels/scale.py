@@ -6,6 +6,8 @@ backward:   dz = g dy   dm = inverse_norm sum_T dy (z - b), summed in float32
 That is a batch normalisation whose mean, variance and weight are given (b, 1, g), so its product of processor kernels
 serves: one pass forward, one backward that makes dz and dm together (1024 x 1536 in bfloat16: 0.4 and 0.5 ms; torch's
 product, conversion and sum for dm alone take 1.1 ms). Kept for backward: z in its own dtype, and vectors.
+
+`scale_learn` has the backward pass for m alone, of outputs that m scaled already.
 """
 
 from __future__ import annotations
@@ -44,6 +46,29 @@ class _ScaleColumns(torch.autograd.Function):
         return _as_rows(dz) if wants_z else None, dm_O if wants_m else None, None, None
 
 
+class _ScaleLearn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_TO: torch.Tensor, m_O: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+        wide = torch.promote_types(y_TO.dtype, torch.float32)
+        inverse_O = torch.where(m_O != 0, m_O.to(wide).reciprocal(), 0.0)
+        center_O = torch.zeros_like(inverse_O) if bias_O is None else bias_O.to(wide)
+        ctx.mark_dirty(y_TO)
+        ctx.save_for_backward(y_TO, inverse_O, center_O)
+        ctx.dtype_m = m_O.dtype
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        y_TO, inverse_O, center_O = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return dy_TO, None, None
+        ones_O = torch.ones_like(inverse_O)
+        _, dm_O, _ = torch.ops.aten.native_batch_norm_backward(
+            _as_image(dy_TO), _as_image(y_TO), ones_O, center_O, ones_O, None, None, False, 0.0, [False, True, False]
+        )
+        return dy_TO, (dm_O * inverse_O).to(ctx.dtype_m), None
+
+
 def _as_image(x_TO: torch.Tensor) -> torch.Tensor:
     """(1, O, T, 1) over the same memory: columns are channels that lie last, as the kernel reads fastest."""
     return x_TO.contiguous()[None, :, None, :].permute(0, 3, 1, 2)
@@ -59,3 +84,8 @@ def scale_columns(
 ) -> torch.Tensor:
     """As `reference.scale_columns`."""
     return _ScaleColumns.apply(z_TO, m_O, inverse_norm_O, bias_O)  # pyright: ignore[reportReturnType]
+
+
+def scale_learn(y_TO: torch.Tensor, m_O: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    """As `reference.scale_learn`; y in the same memory."""
+    return _ScaleLearn.apply(y_TO, m_O, bias_O)  # pyright: ignore[reportReturnType]

@@ -42,7 +42,54 @@ class QuantizationOptions(Options):
         return self
 
 
-class QuantizeOptions(Options):
+class SchemeOptions(Options):
+    """Settings of the schemes that need nothing but the weights; none: the scheme's own default."""
+
+    block_size: int | None = Field(None, ge=16, le=4096, description="nf4, fp4: weights that share a scale (64)")
+    double_quant: bool | None = Field(None, description="nf4, fp4: the scales themselves in 8 bits (true)")
+    group_size: int | None = Field(
+        None, ge=8, le=65536, description="int4: inputs that share a scale (128, or the next half that divides)"
+    )
+    symmetric: bool | None = Field(None, description="int4: no zero points (false)")
+    fp8_format: Literal["e4m3", "e5m2"] | None = Field(None, description="fp8: bits of exponent and fraction (e4m3)")
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that were given for the scheme, by the scheme's own names."""
+        given = {SETTINGS[key][0]: getattr(self, key) for key in SETTINGS if key in type(self).model_fields}
+        return {setting: value for setting, value in given.items() if value is not None}
+
+    @classmethod
+    def not_of(cls, scheme: str) -> dict[str, str]:
+        """Key -> why it has no effect, of the settings that ``scheme`` does not have."""
+        foreign = [key for key, (_, by) in SETTINGS.items() if key in cls.model_fields and scheme not in by]
+        return dict.fromkeys(foreign, f"scheme {scheme} does not read it")
+
+
+class QatOptions(QuantizationOptions, SchemeOptions):
+    """Of commands that train: the base's form, or the one that is trained for."""
+
+    quantization_aware: OnLoad | None = Field(
+        None, description="train for this scheme: the forward pass sees base and adapter quantized as one, the base "
+        "itself stays dense; `quantize --lora_weights` then gives exactly the weights that were trained with",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _of_a_dense_base(self) -> QatOptions:
+        beside = "quantize" if self.quantize is not None else "quantization_plan"
+        if self.quantization_aware is not None and getattr(self, beside) is not None:
+            raise ConfigError(
+                f"stands beside {beside}", field="quantization_aware", expected="a dense base",
+                fix=f"leave {beside} out; quantize the trained model afterwards",
+            )  # fmt: skip
+        return self
+
+    def unused(self) -> dict[str, str]:
+        if self.quantization_aware is not None:
+            return self.not_of(self.quantization_aware)
+        return dict.fromkeys(SchemeOptions.model_fields, "quantization_aware is none")
+
+
+class QuantizeOptions(SchemeOptions):
     """Of the command `quantize`."""
 
     scheme: SchemeName | None = Field(None, description="how every linear but the head is stored; mixed: each its own")
@@ -51,13 +98,6 @@ class QuantizeOptions(Options):
     lora_weights: str | None = Field(
         None, min_length=1, description="adapter folder to fold into the weights first, in float32"
     )
-    block_size: int | None = Field(None, ge=16, le=4096, description="nf4, fp4: weights that share a scale (64)")
-    double_quant: bool | None = Field(None, description="nf4, fp4: the scales themselves in 8 bits (true)")
-    group_size: int | None = Field(
-        None, ge=8, le=65536, description="int4: inputs that share a scale (128, or the next half that divides)"
-    )
-    symmetric: bool | None = Field(None, description="int4: no zero points (false)")
-    fp8_format: Literal["e4m3", "e5m2"] | None = Field(None, description="fp8: bits of exponent and fraction (e4m3)")
     observer: Literal["minmax", "percentile", "mse"] | None = Field(
         None, description="int8_static: how the range of the activations is found on the calibration rows"
     )
@@ -95,14 +135,9 @@ class QuantizeOptions(Options):
         """Whether the model has to be run on sample rows, by the scheme's name alone."""
         return self.scheme in ("int8_static", "mixed") or self.int4_method != "round"
 
-    def settings(self) -> dict[str, Any]:
-        """The settings that were given for the scheme, by the scheme's own names."""
-        given = {key: getattr(self, key) for key in SETTINGS}
-        return {SETTINGS[key][0]: value for key, value in given.items() if value is not None}
-
     def unused(self) -> dict[str, str]:
         name = self.scheme if self.scheme is not None else "plan"
-        why = {key: f"scheme {name} does not read it" for key, (_, by) in SETTINGS.items() if name not in by}
+        why = self.not_of(name)
         if self.scheme not in ("int4", "mixed", None):
             why["int4_method"] = f"scheme {name} does not read it"
         if self.scheme != "mixed":

@@ -88,3 +88,42 @@ def test_frozen_factors_get_no_gradient_and_the_others_the_same(frozen):
     got = run([f.clone().requires_grad_(i not in frozen) for i, f in enumerate((a, b))])
     for i, (g, w) in enumerate(zip(got, wanted, strict=True)):
         assert g is None if i - 1 in frozen else torch.equal(g, w)
+
+
+# ---- outputs that hold the update already
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_learning_without_adding_equals_the_definition(dtype):
+    inputs = [randn(37, 24, dtype=dtype), *(randn(37, n, dtype=dtype) for n in (10, 11, 5))]
+    inputs += [randn(4, 24), randn(3, 24), randn(10, 4), randn(11, 3)]
+
+    def with_op(op):
+        # x takes part elsewhere too, so that it has a gradient to compare
+        return lambda x, y1, y2, y3, a1, a2, b1, b2: op(
+            (y1 + x[:, :10], y3 * 1, y2 * 1), x, (a1, None, a2), (b1, None, b2), (2.0, 1.0, 0.5)
+        )
+
+    assert_same(with_op(lora.lora_learn), with_op(reference.lora_learn), inputs, dtype)
+    with pytest.raises(AssertionError, match="off by"):
+        assert_same(with_op(lora.lora_learn), with_op(reference.lora_add), inputs, dtype)
+
+
+def test_learning_leaves_the_outputs_as_they_are():
+    y, x = randn(7, 5), randn(7, 6).requires_grad_()
+    a, b = randn(2, 6).requires_grad_(), randn(5, 2).requires_grad_()
+    (same,) = lora.lora_learn((y,), x, (a,), (b,), (1.5,))
+    assert same.data_ptr() == y.data_ptr() and torch.equal(same, randn(7, 5))
+    same.sum().backward()
+    assert x.grad is None and a.grad is not None and b.grad is not None
+    assert lora.lora_learn((y,), x, (None,), (None,), (1.0,))[0] is y
+
+
+def test_gradients_of_learning_are_those_of_adding():
+    x, dy = randn(9, 6), randn(9, 5)
+    found = []
+    for op in (lora.lora_add, lora.lora_learn):
+        a, b = randn(2, 6).requires_grad_(), randn(5, 2).requires_grad_()
+        op((randn(9, 5),), x, (a,), (b,), (1.5,))[0].backward(dy)
+        found.append((a.grad, b.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -52,3 +52,33 @@ def test_only_z_is_kept_and_in_its_own_dtype():
         scale.scale_columns(z, m, randn(20).abs(), randn(20))
     wide = [x for x in kept if x.numel() > 20]
     assert len(wide) == 1 and wide[0].data_ptr() == z.data_ptr() and wide[0].dtype == torch.bfloat16
+
+
+# ---- outputs that are scaled already
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 8), (37, 24), (64, 1)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_learning_without_scaling_equals_the_definition(shape, with_bias, dtype):
+    y, m = randn(*shape, dtype=dtype), randn(shape[1], seed=1)
+    m[0] = 0.0  # a row that has no length has no gradient either
+    bias = randn(shape[1], dtype=dtype, seed=3) if with_bias else None
+    assert_same(
+        lambda y, m: scale.scale_learn(y * 1, m, bias),
+        lambda y, m: reference.scale_learn(y * 1, m, bias),
+        (y, m),
+        dtype,
+    )
+
+
+def test_the_gradient_of_a_factor_is_that_of_scaling_by_it():
+    z, m, bias, upstream = randn(9, 5), randn(5, seed=1).add(2), randn(5, seed=2), randn(9, 5, seed=3)
+    found = []
+    for learn in (False, True):
+        leaf = m.clone().requires_grad_()
+        y = scale.scale_columns(z, m if learn else leaf, None, bias)
+        y = scale.scale_learn(y.clone(), leaf, bias) if learn else y
+        y.backward(upstream)
+        found.append(leaf.grad)
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-6)

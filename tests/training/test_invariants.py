@@ -21,6 +21,10 @@ from alpaca_lora.data.examples import Batch, StepBatch
 from alpaca_lora.errors import NumericalError
 from alpaca_lora.kernels.dropout import row_keys
 from alpaca_lora.models.attention import Packed
+from alpaca_lora.quantization.int4 import Int4
+from alpaca_lora.quantization.int8 import Int8
+from alpaca_lora.quantization.nf4 import NF4
+from alpaca_lora.quantization.scheme import Scheme
 from alpaca_lora.training.checkpoint import Checkpoint, CheckpointStore, verify
 from alpaca_lora.training.micro_batch import shrink
 from alpaca_lora.training.trainer import Trainer
@@ -38,10 +42,12 @@ class Case:
     adapter: dict[str, Any]
     num_classes: int = 0
     dtype: torch.dtype = torch.float32
+    scheme: Scheme | None = None  # trained for, quantization-aware
 
     def trainer(self, folder: Path | None = None, **more: Any) -> Trainer:
         model = tiny_model().to(self.dtype)
         settings = {"max_steps": STEPS, "validation": False, "num_classes": self.num_classes, "model": model, **more}
+        settings["scheme"] = self.scheme
         return tiny_trainer(folder, adapter=self.adapter, **settings)
 
 
@@ -67,6 +73,10 @@ CASES = {
     "reparametrised prefix": Case(PROJECTED),
     "modules to save": Case({"modules_to_save": ["norm"]}),
     "patterns": Case({"rank_pattern": ["q_proj=2"], "alpha_pattern": ["v_proj=5"], "layers_to_transform": [1]}),
+    "quantization-aware": Case({"lora_dropout": 0.0}, scheme=Int8()),
+    "quantization-aware dora": Case({"method": "dora", "lora_dropout": 0.0}, scheme=Int4(group_size=16)),
+    "quantization-aware adalora": Case({"method": "adalora", **SETTINGS["adalora"], "lora_dropout": 0.0}, scheme=NF4()),
+    "quantization-aware full": Case({"method": "full"}, scheme=Int8()),
     "classes": Case({}, num_classes=3),
     "classes behind a prefix": Case({"method": "prefix", "num_virtual_tokens": 5}, num_classes=3),
 }

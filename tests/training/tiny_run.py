@@ -19,6 +19,9 @@ from alpaca_lora.adapters.peft_format import save_adapter
 from alpaca_lora.data.examples import Batch, StepBatch, TokenizedExample
 from alpaca_lora.models.classifier import attach_score
 from alpaca_lora.models.decoder import CausalLM
+from alpaca_lora.quantization.plan import Plan
+from alpaca_lora.quantization.qat import fake_quantize
+from alpaca_lora.quantization.scheme import Scheme
 from alpaca_lora.training.checkpoint import Checkpoint, CheckpointStore
 from alpaca_lora.training.classification import ClassificationLoss
 from alpaca_lora.training.identity import RunIdentity
@@ -80,11 +83,11 @@ def tiny_trainer(
     folder: Path | None = None, *, resume: Checkpoint | None = None, validation: bool = True,
     adapter: dict[str, Any] | None = None, batches: dict[str, Any] | None = None, model: CausalLM | None = None,
     signals: SignalFlag | None = None, say: Any = lambda _: None, num_classes: int = 0,
-    attach_seed: int | None = None, text: str = "", **overrides: Any,
+    attach_seed: int | None = None, text: str = "", scheme: Scheme | None = None, **overrides: Any,
 ) -> Trainer:  # fmt: skip
     """A trainer over the tiny model; ``folder`` None writes nothing. ``adapter``: adapter options, the method among
     them; ``num_classes``: texts to classify; ``attach_seed``, ``text``: what the adapter starts from besides the run's
-    seed and its own text; ``overrides`` are training options.
+    seed and its own text; ``scheme``: what is trained for (quantization-aware); ``overrides`` are training options.
     """
     options = tiny_options(folder or "unused", **overrides)
     model, rows, loss = model or tiny_model(), table(), causal_lm_loss
@@ -92,10 +95,13 @@ def tiny_trainer(
         attach_score(model, num_classes, seed=options.seed)
         rows, loss = labelled(rows, num_classes), ClassificationLoss()
     adapter_options = AdapterOptions(**{"lora_r": 4, "lora_dropout": 0.1, **(adapter or {})})
+    plan = None if scheme is None else Plan.uniform(model, scheme)
     method = method_class(adapter_options.method).attach(
         model, adapter_options, seed=options.seed if attach_seed is None else attach_seed,
         encode_text=lambda given: list((text + given).encode()) if given else [],
     )  # fmt: skip
+    if plan is not None:
+        fake_quantize(model, plan)
     saver = log = None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
