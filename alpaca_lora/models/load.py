@@ -31,6 +31,8 @@ Source = HuggingFaceFolder | GgufFile
 Pack = Callable[[CausalLM, Source, Compute], tuple[str | None, list[str]]]
 Fill = Callable[[Source, CausalLM, torch.dtype, torch.device], None]
 
+# what a folder of our own packed weights says in its config.json; without a `Pack` it is refused like any other
+PACKED_CONFIG = {"quant_method": "alpaca_lora"}
 # Buffers that older files carry; they follow from the configuration.
 DERIVED = (".rotary_emb.inv_freq", ".attn.attention.bias", ".attn.attention.masked_bias")
 TIED_HEAD = "lm_head.weight"
@@ -58,12 +60,14 @@ def load_base(
 
     Weights go one by one from the file into their place; ``pack`` (quantization/load.py) says which linears are kept
     in another form, ``fill`` puts the weights in place in the loader's stead. ModelFileError: an architecture we cannot
-    run, tensors that are missing, extra or misshapen (named together), token ids without a row. NumericalError: a weight
-    is not finite.
+    run, tensors that are missing, extra or misshapen (named together), token ids without a row. NumericalError: a
+    weight is not finite.
     """
     path = resolve(path_or_name)
     source = open_source(path)
     try:
+        if pack is not None and source.config.get("quantization_config") == PACKED_CONFIG:
+            del source.config["quantization_config"]
         config = ModelConfig.from_hf(source.config, file=path if path.is_file() else path / "config.json")
         dtype = dtype or compute.dtype
         model = build_model(config, dtype=dtype)

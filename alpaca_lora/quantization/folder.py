@@ -18,14 +18,13 @@ import torch
 
 from alpaca_lora.errors import ModelFileError
 from alpaca_lora.models.decoder import CausalLM
-from alpaca_lora.models.load import Base, packed_linears
+from alpaca_lora.models.load import PACKED_CONFIG, Base, packed_linears
 from alpaca_lora.quantization.plan import Plan
 from alpaca_lora.weights.contained import contained_file, read_json
 from alpaca_lora.weights.huggingface import write_folder
 
 PLAN_NAME = "quantization.json"
 FORMAT_VERSION = 1
-QUANT_METHOD = "alpaca_lora"
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def write_quantized(
     }  # fmt: skip
     config = {
         **base.config.to_hf(), "torch_dtype": str(dense_dtype).removeprefix("torch."),
-        "quantization_config": {"quant_method": QUANT_METHOD},
+        "quantization_config": PACKED_CONFIG,
     }  # fmt: skip
     files = {PLAN_NAME: (json.dumps(content, indent=1, sort_keys=True) + "\n").encode(), **(extra_files or {})}
     return write_folder(

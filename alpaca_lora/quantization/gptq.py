@@ -2,8 +2,8 @@
 
 Frantar et al. 2022, algorithm 1. With H = 2 X^T X over the calibration rows (plus damping) and U the upper Cholesky
 factor of H^-1, column q of W is rounded, its error e = (w_q - Q(w_q)) / U_qq, and every later column j loses e U_qj.
-Columns are taken in blocks, whose effect on the rest is applied at once. Groups of columns get scale and zero point when
-the first of them is reached, from the weights as they are then.
+Columns are taken in blocks, whose effect on the rest is applied at once. Groups of columns get scale and zero point
+when the first of them is reached, from the weights as they are then.
 """
 
 from __future__ import annotations

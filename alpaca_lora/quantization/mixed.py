@@ -181,7 +181,7 @@ def _table(base: Base, choices: Choices, plan: Plan, rows: Sequence[torch.Tensor
     """Linears by kind: mean growth for each candidate and how many got it; perplexities in the title."""
     dense, mixed = (math.exp(loss) for loss in (mean_loss(base.model, rows), loss_with(base, plan, rows)))
     title = (
-        "sensitivity: growth of the loss in nats per token if one linear alone is quantized, and how many got the scheme\n"
+        "sensitivity: growth of the loss in nats per token if one linear alone is quantized; how many got the scheme\n"
         f"perplexity on the calibration rows: {dense:.3f} dense, {mixed:.3f} at "
         f"{plan.bits_per_weight(choices.shapes):.3f} bits per weight"
     )
