@@ -1,5 +1,5 @@
 """int8 weights and activations, these by one scale for all tokens that was found on sample rows: nothing is measured
-when the model runs.
+when the model runs. Activations beyond the range are clipped to its end.
 
 Weights as `int8.py`; ranges seen on data as Jacob et al. 2018, section 3.1, and Nagel et al. 2021, section 3.1.
 """
@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from alpaca_lora.errors import ConfigError
+from alpaca_lora.errors import ConfigError, NumericalError
 from alpaca_lora.kernels.integer import integer_linear
 from alpaca_lora.quantization.int8 import LARGEST, Int8
 from alpaca_lora.quantization.observers import OBSERVERS, observe
@@ -47,8 +47,13 @@ class Int8Static(Int8):
     def quantize_calibrated(
         self, weight_OI: torch.Tensor, inputs: Sequence[torch.Tensor], *, name: str
     ) -> dict[str, torch.Tensor]:
+        """NumericalError naming the linear when its inputs are not finite, or all zero: no scale fits later ones."""
         largest = observe(inputs, self.observer, self.percentile, name=name)
-        scale = max(largest / LARGEST, torch.finfo(torch.float32).tiny)
+        scale = largest / LARGEST
+        if scale < torch.finfo(torch.float32).tiny:
+            raise NumericalError(
+                "activations that are all zero on the calibration rows", field=name, fix="give other calibration rows"
+            )
         parts = super().quantize(weight_OI, name=name)
         return {**parts, "input_scale": torch.tensor([scale], device=weight_OI.device)}
 
