@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from alpaca_lora.errors import ConfigError, nearest
-from alpaca_lora.models.linear import LinearContract
+from alpaca_lora.models.linear import LinearContract, PackedLinear
 from alpaca_lora.models.module_names import ALL_LINEAR, HEADS, METACHARACTERS, name_matcher
 
 
@@ -169,7 +169,11 @@ def find_modules(model: nn.Module, entries: Sequence[str], *, field: str = "modu
     `find_targets`), in the model's order; a classifier's head is always among them. ConfigError when an entry names
     none.
     """
-    names = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name and (next(module.parameters(), None) is not None or isinstance(module, PackedLinear))
+    ]
     found: set[str] = set()
     for entry in entries:
         matches = name_matcher(entry, field)

@@ -17,7 +17,7 @@ from torch import nn
 from alpaca_lora.errors import AdapterError, ConfigError, NumericalError
 from alpaca_lora.models.classifier import Score
 from alpaca_lora.models.layers import LayerNorm, RMSNorm
-from alpaca_lora.models.linear import Linear
+from alpaca_lora.models.linear import Linear, PackedLinear
 
 PEFT_PREFIX = "base_model.model."
 HEAD = "lm_head"
@@ -55,10 +55,15 @@ class WholeModules:
         """Train the modules with these full names, and single parameters besides (BitFit's biases).
 
         Freeze what is to be frozen before: this only asks for gradients. Raises ConfigError for a module without
-        weights, for the head of a tied model, and for names that PEFT could not tell from others; ``field``: the option
-        that named them.
+        weights or with quantized ones, for the head of a tied model, and for names that PEFT could not tell from
+        others; ``field``: the option that named them.
         """
         names = outermost(names)
+        if packed := packed_inside(model, names):
+            raise ConfigError(
+                f"{packed[0]} is quantized: its weights cannot be trained", field=field, expected="dense modules",
+                fix="train beside them (method lora), or for them: a dense base with --quantization_aware",
+            )  # fmt: skip
         if HEAD in names and is_tied(model):
             embedding = embedding_name(model)
             raise ConfigError(
@@ -119,6 +124,11 @@ class WholeModules:
         if not (isinstance(entries, list | tuple) or entries is None) or not all(type(e) is str for e in entries or ()):
             raise AdapterError(f"is {entries!r}", file=file, field="modules_to_save", expected="names of modules")
         names = matching(model, entries or ())
+        if packed := packed_inside(model, names):
+            raise AdapterError(
+                f"{packed[0]} is quantized here, the file holds its dense weights", file=file, field="modules_to_save",
+                fix="use it on the dense base",
+            )  # fmt: skip
         for entry in entries or ():
             if entry not in CLASS_HEADS and not any(_ends(model, entry)):
                 raise AdapterError(
@@ -238,6 +248,18 @@ def embedding_name(model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is model.embeddings)
 
 
+def has_weights(module: nn.Module) -> bool:
+    """Whether it holds parameters, or weights in a packed form."""
+    return next(module.parameters(), None) is not None or isinstance(module, PackedLinear)
+
+
+def packed_inside(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Names of the packed linears among the modules called ``names`` and inside of them."""
+    inside = tuple(f"{name}." for name in names)
+    packed = (name for name, module in model.named_modules() if isinstance(module, PackedLinear))
+    return [name for name in packed if name in names or name.startswith(inside)]
+
+
 def outermost(names: Iterable[str]) -> list[str]:
     """Names without those that lie inside of another, in the order given: PEFT wraps each once."""
     names = list(dict.fromkeys(names))
@@ -251,7 +273,7 @@ def matching(model: nn.Module, entries: Iterable[str]) -> list[str]:
 
 def _ends(model: nn.Module, entry: str) -> Iterator[str]:
     for name, module in model.named_modules():
-        if name and name.endswith(entry) and next(module.parameters(), None) is not None:
+        if name and name.endswith(entry) and has_weights(module):
             yield name
     if is_tied(model) and HEAD.endswith(entry):
         yield HEAD
