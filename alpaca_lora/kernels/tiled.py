@@ -73,6 +73,24 @@ class _ScaledLinear(torch.autograd.Function):
         return dx_TI, None, None
 
 
+class _ScaledColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: torch.Tensor, scales_I: torch.Tensor) -> torch.Tensor:
+        scaled_TI = torch.empty_like(x_TI)
+        _scale_columns(x_TI, scales_I, scaled_TI)
+        ctx.save_for_backward(scales_I)
+        return scaled_TI
+
+    @staticmethod
+    def backward(ctx: Any, dy_TI: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _ScaledColumns.apply(dy_TI, *ctx.saved_tensors), None
+
+
+def constant_columns(x_TI: torch.Tensor, scales_I: torch.Tensor) -> torch.Tensor:
+    """x * scales in the dtype of x, with scales (in,) in float32: as `reference.scale_columns`, but they are constants."""
+    return _ScaledColumns.apply(x_TI, scales_I)  # pyright: ignore[reportReturnType]
+
+
 def _scale_columns(product_TO: torch.Tensor, scales_O: torch.Tensor, out_TO: torch.Tensor) -> None:
     """product * scales into ``out``, in float32 inside, in pieces: in one, torch makes whole matrices in float32."""
     num_tokens = max(1, SCALED_ELEMENTS // product_TO.shape[1])

@@ -23,7 +23,7 @@ import torch
 
 from alpaca_lora.errors import ConfigError
 from alpaca_lora.kernels.four_bit import BlockScales, decode_four_bit, pack_codes
-from alpaca_lora.kernels.tiled import tiled_linear
+from alpaca_lora.kernels.tiled import constant_columns, tiled_linear
 from alpaca_lora.quantization.scheme import Part, Parts, Scheme, by_rows
 
 LEVELS = 15  # steps between the smallest and the largest code
@@ -107,7 +107,7 @@ class Int4(Scheme):
         if not self.input_scales:
             return super().apply(x_TI, parts, shape)
         # dividing the inputs costs T in, dividing the weight out in
-        divided_TI = (x_TI / parts["input_scales"]).to(x_TI.dtype)
+        divided_TI = constant_columns(x_TI, parts["input_scales"].reciprocal())
         return tiled_linear(
             divided_TI, lambda rows, columns: self._decoded(parts, shape, rows, columns, x_TI.dtype), shape[0]
         )
