@@ -87,7 +87,7 @@ class _ScaledColumns(torch.autograd.Function):
 
 
 def constant_columns(x_TI: torch.Tensor, scales_I: torch.Tensor) -> torch.Tensor:
-    """x * scales in the dtype of x, with scales (in,) in float32: as `reference.scale_columns`, but they are constants."""
+    """x * scales in the dtype of x, with float32 scales (in,): as `reference.scale_columns`, but they are constants."""
     return _ScaledColumns.apply(x_TI, scales_I)  # pyright: ignore[reportReturnType]
 
 
