@@ -8,6 +8,7 @@ a: one scale for each token, or one for all; s: one for each output; C: int8 (ou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,8 @@ EXACT_INPUTS = 1024  # products of 8 bits that float32 adds up exactly: 1024 * 1
 TOKENS = 512
 SUMS = 2**18
 ALIGNMENT = 64
+# 512 x 4096 in bfloat16 are rounded to 8 bits in 1 ms so, in one piece in 8: large temporaries are new pages
+ROUNDED_ELEMENTS = 2**17
 
 
 class _IntegerLinear(torch.autograd.Function):
@@ -33,7 +36,7 @@ class _IntegerLinear(torch.autograd.Function):
         for start in range(0, x_TI.shape[0], TOKENS):
             tokens = slice(start, start + TOKENS)
             some_TI = x_TI[tokens]
-            x8_TI, scale_T1 = quantize_tokens(some_TI) if scale is None else (quantize_with(some_TI, scale), scale)
+            x8_TI, scale_T1 = quantize_tokens(some_TI) if scale is None else quantize_with(some_TI, scale)
             step = max(ALIGNMENT, SUMS // some_TI.shape[0] // ALIGNMENT * ALIGNMENT)
             for first in range(0, codes_OI.shape[0], step):
                 rows = slice(first, first + step)
@@ -60,19 +63,42 @@ def integer_linear(
 
 
 def quantize_tokens(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int8 (T, in), float32 scales (T, 1)), each token by its largest magnitude."""
-    scale_T1 = x_TI.abs().amax(1, keepdim=True).float().div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
-    return torch.mul(x_TI, scale_T1.reciprocal()).round_().to(torch.int8), scale_T1
+    """(int8 (T, in), float32 scales (T, 1)), each token by its largest magnitude; NaN or infinite where that is."""
+    codes_TI = torch.empty(x_TI.shape, dtype=torch.int8, device=x_TI.device)
+    scale_T1 = torch.empty(x_TI.shape[0], 1, dtype=torch.float32, device=x_TI.device)
+    for tokens in _pieces(x_TI):
+        some_TI = x_TI[tokens].float()
+        largest_T1 = some_TI.abs().amax(1, keepdim=True)
+        some_T1 = torch.div(largest_T1, LARGEST, out=scale_T1[tokens]).clamp_min_(torch.finfo(torch.float32).tiny)
+        codes_TI[tokens] = torch.mul(some_TI, some_T1.reciprocal()).round_()
+    return codes_TI, scale_T1
 
 
-def quantize_with(x_TI: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """int8 (T, in) by a scale that is known beforehand; what lies beyond it is clipped."""
-    return torch.mul(x_TI, scale.reciprocal()).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+def quantize_with(x_TI: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 (T, in), ``scale``) by a float32 scale (1,) that is known beforehand: what lies beyond it is clipped.
+
+    Whole numbers cannot say NaN. Where there is one, scales are (T, 1), and NaN for its token.
+    """
+    codes_TI = torch.empty(x_TI.shape, dtype=torch.int8, device=x_TI.device)
+    factor = scale.reciprocal()
+    for tokens in _pieces(x_TI):
+        codes_TI[tokens] = torch.mul(x_TI[tokens], factor).round_().clamp_(-LARGEST, LARGEST)
+    # a sum is cheap, but infinities may make it NaN as well
+    if bool(x_TI.sum().isnan()):
+        scale = torch.where(x_TI.isnan().any(1, keepdim=True), torch.nan, scale)
+    return codes_TI, scale
+
+
+def _pieces(x_TI: torch.Tensor) -> Iterator[slice]:
+    """Slices of tokens, few enough to be rounded within the cache."""
+    step = max(1, ROUNDED_ELEMENTS // x_TI.shape[1])
+    return (slice(start, start + step) for start in range(0, x_TI.shape[0], step))
 
 
 def integer_product(x8_TI: torch.Tensor, codes_OI: torch.Tensor) -> torch.Tensor:
     """X C^T of int8 matrices, int32 (T, out), exactly."""
-    if x8_TI.device.type == "cpu" and _is_exact():
+    # with one input, C^T looks like a matrix in rows as well as in columns, and torch takes it for the wrong one
+    if x8_TI.device.type == "cpu" and x8_TI.shape[1] > 1 and _is_exact():
         return torch._int_mm(x8_TI, codes_OI.t())  # pyright: ignore[reportPrivateImportUsage]
     return plain_product(x8_TI, codes_OI)
 

@@ -20,9 +20,8 @@ Tile = Callable[[slice, slice], torch.Tensor]  # (rows, columns) of W (out, in) 
 # elements of a tile: 8 MB of bfloat16, which stays in the cache between the decoder that writes it and the product
 TILE_ELEMENTS = 2**22
 SCALED_ELEMENTS = 2**17
-FEW_TOKENS = (
-    8  # one of them through 4096 x 4096 takes 1.1 ms so, 3.7 through tiles and 1.9 in bfloat16; 16 take 5.0 and 4.3
-)
+# one token through 4096 x 4096 in 8 bits takes 1.1 ms so, 3.7 through tiles, 1.9 in bfloat16; 16 take 5.0 and 4.3
+FEW_TOKENS = 8
 ALIGNMENT = 256  # tiles of columns begin on a multiple of this, so that no quantization block is cut in two
 
 

@@ -66,7 +66,8 @@ class Magnitudes:
 
 
 def observe(inputs: Iterable[torch.Tensor], observer: str, percentile: float, *, name: str) -> float:
-    """The largest magnitude to keep of chunks of activations (T, in); what lies beyond is clipped. 0: all are zero.
+    """The largest magnitude to keep of chunks of activations (T, in); what lies beyond is clipped. 0: all are zero. A
+    percentile that is zero since most activations are is no range: nothing is clipped then.
 
     NumericalError naming the linear when an activation is not finite.
     """
@@ -75,7 +76,9 @@ def observe(inputs: Iterable[torch.Tensor], observer: str, percentile: float, *,
         seen.add(chunk, name=name)
     if observer == "minmax" or seen.largest == 0:
         return seen.largest
-    return seen.percentile(percentile) if observer == "percentile" else seen.least_error()
+    if observer == "percentile":
+        return seen.percentile(percentile) or seen.largest
+    return seen.least_error()
 
 
 def _lower_ends(bins: torch.Tensor) -> torch.Tensor:

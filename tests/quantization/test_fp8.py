@@ -45,13 +45,21 @@ def test_never_nan_or_infinite(format: str, value: float) -> None:
     assert not checks.dense(scheme, parts, (2, 4))[1].any()
 
 
+def pairs_of(codes: torch.Tensor) -> torch.Tensor:
+    """(65536, 2): each code beside each."""
+    numbers = codes.view(torch.uint8)
+    return torch.cartesian_prod(numbers, numbers).view(codes.dtype)
+
+
 @FORMAT
 def test_every_code_is_read_as_torch_reads_it(format: str) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(FORMATS[format])
     for dtype in (torch.float32, torch.bfloat16):
         torch.testing.assert_close(widen(codes, dtype), codes.to(dtype), rtol=0, atol=0, equal_nan=True)
-    columns = codes.view(16, 16)[:, 3:9]
-    torch.testing.assert_close(widen(columns, torch.float32), columns.float(), rtol=0, atol=0, equal_nan=True)
+    # read two by two: an odd number of them, an odd place to start from, every pair of codes
+    for some in (codes.view(16, 16)[:, 3:9], codes[3:10], codes[3:11], codes[:0], pairs_of(codes)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            torch.testing.assert_close(widen(some, dtype), some.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @FORMAT

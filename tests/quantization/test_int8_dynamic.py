@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from alpaca_lora.kernels import reference
-from alpaca_lora.kernels.integer import integer_linear, integer_product, plain_product, quantize_tokens
+from alpaca_lora.kernels.integer import (
+    ROUNDED_ELEMENTS,
+    integer_linear,
+    integer_product,
+    plain_product,
+    quantize_tokens,
+)
 from alpaca_lora.quantization.int8 import Int8
 from alpaca_lora.quantization.int8_dynamic import Int8Dynamic
 from alpaca_lora.quantization.scheme import scheme_from_json
 from tests.quantization import checks
 
-SHAPES = [(1, 1), (5, 7), (31, 101), (64, 192), (300, 2100)]
+SHAPES = [(1, 1), (5, 1), (5, 7), (31, 101), (64, 192), (300, 2100)]
 TOKENS = [1, 3, 65, 1100]  # 512 are a piece
 SCHEME = Int8Dynamic()
 DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -29,10 +36,11 @@ def tokens(count: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("product", [integer_product, plain_product])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 1023), (16, 1025), (64, 9000)])
-def test_products_are_exact(product: object, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (300, 1), (1, 5), (3, 5), (17, 1023), (16, 1025), (64, 9000)])
+def test_products_are_exact(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], shape: tuple[int, int]
+) -> None:
     """Also where every product is the largest there is: nothing saturates, nothing is rounded."""
-    assert callable(product)
     generator = torch.Generator().manual_seed(0)
     for codes_OI in (
         torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8),
@@ -102,6 +110,25 @@ def test_quantized_tokens(dtype: torch.dtype) -> None:
     assert codes_TI.dtype == torch.int8 and scale_T1.shape == (5, 1) and scale_T1.dtype == torch.float32
     assert codes_TI.int().abs().amax(1).tolist() == [127, 0, 127, 127, 127]
     assert bool(((codes_TI * scale_T1 - x_TI.float()).abs() <= scale_T1 * 0.5001).all())
+
+
+@DTYPE
+def test_tokens_are_rounded_in_pieces(dtype: torch.dtype) -> None:
+    """More elements than are rounded at once, and a token longer than that; the activations stay as they are."""
+    for shape in ((300, 1001), (2, ROUNDED_ELEMENTS + 3)):
+        x_TI = tokens(*shape, dtype)
+        before_TI = x_TI.clone()
+        codes_TI, scale_T1 = quantize_tokens(x_TI)
+        expected_T1 = (x_TI.float().abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        assert torch.equal(scale_T1, expected_T1) and torch.equal(x_TI, before_TI)
+        assert torch.equal(codes_TI, (x_TI.float() * expected_T1.reciprocal()).round().to(torch.int8))
+
+
+def test_no_tokens() -> None:
+    x_TI = torch.zeros(0, 8, requires_grad=True)
+    y_TO = SCHEME.apply(x_TI, SCHEME.quantize(checks.matrix(4, 8), name="w"), (4, 8))
+    y_TO.sum().backward()
+    assert y_TO.shape == (0, 4) and x_TI.grad is not None and x_TI.grad.shape == (0, 8)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

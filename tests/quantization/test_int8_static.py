@@ -15,7 +15,7 @@ from alpaca_lora.quantization.observers import OBSERVERS, observe
 from alpaca_lora.quantization.scheme import scheme_class, scheme_from_json
 from tests.quantization import checks
 
-SHAPES = [(1, 1), (5, 7), (31, 101), (64, 192), (300, 700)]
+SHAPES = [(1, 1), (5, 1), (5, 7), (31, 101), (64, 192), (300, 700)]
 SCHEME = Int8Static()
 
 
@@ -69,6 +69,20 @@ def test_activations_beyond_the_range_are_clipped() -> None:
     x_TI = torch.tensor([[50.0, -50.0, 0.25, float("inf")]])
     y_TO = SCHEME.apply(x_TI, parts, (4, 4))
     torch.testing.assert_close(y_TO, torch.tensor([[largest, -largest, 0.25, largest]]), rtol=1e-6, atol=largest / 254)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [3, 600])
+def test_nan_is_not_hidden(count: int, dtype: torch.dtype) -> None:
+    """Whole numbers have no NaN: rounded alone, it would be a zero."""
+    parts = made((31, 101))
+    x_TI = rows(101, count=count)[0].to(dtype)
+    expected_TO = SCHEME.apply(x_TI, parts, (31, 101))
+    x_TI[1, 7], x_TI[2, :2] = float("nan"), torch.tensor([float("inf"), -float("inf")])
+    expected_TO[2] = SCHEME.apply(x_TI[2:3].clamp(-1e3, 1e3), parts, (31, 101))[0]  # infinities are clipped, no more
+    y_TO = SCHEME.apply(x_TI, parts, (31, 101))
+    assert bool(y_TO[1].isnan().all())
+    assert torch.equal(y_TO[0], expected_TO[0]) and torch.equal(y_TO[2:], expected_TO[2:])
 
 
 def test_one_scale_is_worse_than_one_for_each_token_only_by_so_much() -> None:

@@ -84,6 +84,14 @@ def test_zeros_and_constants(observer: str) -> None:
     assert observe([torch.zeros(0, 4), torch.full((2, 4), 0.5)], observer, 99.9, name="w") == pytest.approx(0.5)
 
 
+def test_a_percentile_of_zero_is_no_range() -> None:
+    """Where nearly all activations are zero, as behind a ReLU, the percentile is, too; the others are kept."""
+    chunks = [torch.zeros(100, 100)]
+    chunks[0][3, 4] = 0.5
+    assert observe(chunks, "percentile", 99.9, name="w") == 0.5
+    assert observe(chunks, "percentile", 99.995, name="w") == 0.5
+
+
 @pytest.mark.parametrize("value", [1e-36, 3e38])
 def test_the_ends_of_float32(value: float) -> None:
     found = [observe([torch.full((2, 2), value)], observer, 99.9, name="w") for observer in OBSERVERS]
