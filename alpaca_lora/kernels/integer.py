@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from alpaca_lora.kernels.tiled import spans
+from alpaca_lora.kernels.tiled import constant_columns, spans
 
 LARGEST = 127
 EXACT_INPUTS = 1024  # products of 8 bits that float32 adds up exactly: 1024 * 127^2 < 2^24
@@ -48,7 +48,7 @@ class _IntegerLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TO: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         codes_OI, scales_O = ctx.saved_tensors
-        scaled_TO = (dy_TO * scales_O).to(dy_TO.dtype)
+        scaled_TO = constant_columns(dy_TO, scales_O)
         dx_TI = dy_TO.new_empty(dy_TO.shape[0], codes_OI.shape[1])
         for columns in spans(codes_OI.shape[1], codes_OI.shape[0]):
             dx_TI[:, columns] = scaled_TO @ codes_OI[:, columns].to(dy_TO.dtype)
