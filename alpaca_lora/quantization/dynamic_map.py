@@ -58,14 +58,15 @@ def _gridded() -> torch.Tensor:
 
 def quantize_on_grid(values_N: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As `quantize_blockwise`, but a number is first moved to the nearest of 65,536 points from -1 to 1, as
-    bitsandbytes' processor path does; a block of zeros has codes zero. Where two codes are about as near it may be the
-    other one.
+    bitsandbytes' processor path does, and bit for bit with its arithmetic; a block of zeros has codes zero. Where two
+    codes are about as near it may be the other one.
     """
     count = values_N.numel()
     blocks = -(-count // block_size)
     padded = torch.nn.functional.pad(values_N, (0, blocks * block_size - count)).view(blocks, block_size)
     largest = padded.abs().amax(1)
-    scaled = (padded / largest[:, None]).nan_to_num_(-1.0).clamp_(-1, 1).view(-1)[:count]
+    # zeros times infinity, in a block of zeros, is no number
+    scaled = (padded * (1.0 / largest)[:, None]).nan_to_num_(-1.0).clamp_(-1, 1).view(-1)[:count]
     points = scaled.add_(1).mul_(GRID / 2).add_(0.5).int()
     return _gridded().to(values_N.device)[points], largest
 

@@ -21,5 +21,5 @@ class FP4(FourBit):
 
     name: ClassVar[str] = "fp4"
     values: ClassVar[tuple[float, ...]] = tuple(
-        sign * magnitude / LARGEST for sign in (1.0, -1.0) for magnitude in MAGNITUDES
+        sign * magnitude / LARGEST if magnitude else 0.0 for sign in (1.0, -1.0) for magnitude in MAGNITUDES
     )
