@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from alpaca_lora.errors import AlpacaLoraError
     from alpaca_lora.inference.engine import Engine
     from alpaca_lora.inference.request import SamplingParams
-    from alpaca_lora.models.load import load_base
+    from alpaca_lora.quantization.load import load_base
     from alpaca_lora.text.messages import Conversation, Message
     from alpaca_lora.text.templates import load_template
     from alpaca_lora.training.trainer import Trainer
@@ -53,7 +53,7 @@ _HOMES = {
     "adapt": "adapters.adapt",
     "load_adapted": "adapters.adapt",
     "load_adapter": "adapters.peft_format",
-    "load_base": "models.load",
+    "load_base": "quantization.load",
     "load_template": "text.templates",
     "pick_compute": "device",
     "prepare": "data.prepare",

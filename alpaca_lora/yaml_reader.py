@@ -1,4 +1,5 @@
-"""Strict YAML: a flat mapping of keys to scalars or lists of scalars, each with its line. Knows no schema.
+"""Strict YAML: a flat mapping of keys to scalars or lists of scalars, each with its line, or a list of such. Knows no
+schema.
 
 It reads the events of PyYAML's parser and nothing else, so there is no object to construct and no alias to expand.
 Scalars follow the core schema of YAML 1.2: ``1e-4`` is a number; ``yes``, ``no``, ``on`` and ``off`` are text.
@@ -63,18 +64,54 @@ def read_yaml(path: Path) -> dict[str, Entry]:
 
 def parse_yaml(text: str, file: str) -> dict[str, Entry]:
     """The keys of `text`; `file` is only named in errors. All duplicate keys are named, with both lines."""
-    entries: dict[str, Entry] = {}
     events = _events(text, file)
     first = next(events, None)
     if first is not None:
         _untagged(first, None, file)
     if first is None or (isinstance(first, ScalarEvent) and first.implicit[0] and first.value in _WORDS):
-        return entries
+        return {}
     if not isinstance(first, MappingStartEvent):
         raise ConfigError("the file is not a mapping", file=file, line=_line(first), expected="lines of `key: value`")
+    entries = _mapping(events, file)
+    for _ in events:  # what follows must be read to be refused
+        pass
+    return entries
+
+
+def read_yaml_list(path: Path, key: str, *, field: str) -> list[dict[str, Entry]]:
+    """The mappings of a file that holds one key, ``key``, and under it a list of flat mappings. ConfigError with file
+    and line for anything else; ``field`` is the option that named the file.
+    """
+    file = str(path)
+    events = _events(_decode(path, field), file)
+    for kind in (MappingStartEvent, ScalarEvent, SequenceStartEvent):
+        _expect(next(events, None), kind, key, file)
+    items: list[dict[str, Entry]] = []
+    while not isinstance(event := next(events), SequenceEndEvent):
+        _expect(event, MappingStartEvent, key, file)
+        if len(items) == MAX_KEYS:
+            raise ConfigError(f"more than {MAX_KEYS} entries", file=file, line=_line(event), field=key)
+        items.append(_mapping(events, file))
+    for event in events:
+        if not isinstance(event, MappingEndEvent):
+            raise ConfigError("a second key", file=file, line=_line(event), expected=f"`{key}:` and nothing else")
+    return items
+
+
+def _expect(event: Event | None, kind: type[Event], key: str, file: str) -> None:
+    """ConfigError when the event is none of ``kind``, or a key other than ``key``."""
+    fits = event is not None and isinstance(_untagged(event, key, file), kind)
+    if not fits or (isinstance(event, ScalarEvent) and event.value != key):
+        line = _line(event) if event is not None else None
+        raise ConfigError("is something else", file=file, line=line, expected=f"`{key}:` and a list of mappings")
+
+
+def _mapping(events: Iterator[Event], file: str) -> dict[str, Entry]:
+    """The keys up to the end of the mapping whose start was read. All duplicate keys are refused."""
+    entries: dict[str, Entry] = {}
     for event in events:
         if isinstance(event, MappingEndEvent):
-            continue  # not break: what follows must be read to be refused
+            break
         if not isinstance(event, ScalarEvent):
             raise ConfigError("a key that is not text", file=file, line=_line(event), expected="lines of `key: value`")
         key, line = _untagged(event, event.value, file).value, _line(event)
@@ -169,14 +206,14 @@ def _line(event: Event) -> int:
     return event.start_mark.line + 1
 
 
-def _decode(path: Path) -> str:
+def _decode(path: Path, field: str = "--config") -> str:
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
-        raise ConfigError("no such file", file=path, field="--config") from error
+        raise ConfigError("no such file", file=path, field=field) from error
     except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", file=path, field="--config") from error
+        raise ConfigError(f"cannot be read: {error.strerror}", file=path, field=field) from error
     if len(content) > MAX_BYTES:
         raise ConfigError(f"larger than {MAX_BYTES // 1024} KiB", file=path, expected="a configuration")
     try:

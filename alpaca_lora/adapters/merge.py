@@ -85,8 +85,8 @@ def merge_into_folder(
     unchecked = target.with_name(f".{target.name}.{uuid.uuid4().hex}.unchecked")
     try:
         write_folder(
-            unchecked, _merged_parameters(base.model, adapter, dtype), _config(base, dtype, record),
-            extra_files=_extra_files(base, record), tokenizer_saver=partial(_save_tokenizer, base, record),
+            unchecked, _merged_parameters(base.model, adapter, dtype), folder_config(base, dtype, record),
+            extra_files=folder_files(base, record), tokenizer_saver=partial(save_tokenizer, base, record),
             max_shard_bytes=max_shard_bytes,
         )  # fmt: skip
         effect = difference(wanted_TV, _logits(base.model, ids, lengths))[1]
@@ -141,7 +141,8 @@ def _merged_parameters(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -
             yield name, weight if name == SCORE_WEIGHT else weight.to(dtype)
 
 
-def _config(base: Base, dtype: torch.dtype, record: AdapterRecord | None) -> dict[str, object]:
+def folder_config(base: Base, dtype: torch.dtype, record: AdapterRecord | None) -> dict[str, object]:
+    """The config.json of a base as it stands now; a classifier's with the labels of the adapter that made it one."""
     # an adapter may have given a tied model a head of its own
     tied = base.config.tie_word_embeddings and base.model.lm_head is None
     config = {**base.config.to_hf(), "tie_word_embeddings": tied, "torch_dtype": str(dtype).removeprefix("torch.")}
@@ -159,7 +160,7 @@ def _padding_id(base: Base, record: AdapterRecord | None) -> int | None:
     return padding_id(tokenizer.special_tokens, pad_id, tokenizer.eos_id if ends else None)
 
 
-def _save_tokenizer(base: Base, record: AdapterRecord | None, folder: Path) -> None:
+def save_tokenizer(base: Base, record: AdapterRecord | None, folder: Path) -> None:
     """The tokenizer's files; a classifier's name the padding of its config.json, where that is another one."""
     tokenizer = base.tokenizer
     tokenizer.save(folder)
@@ -172,7 +173,7 @@ def _save_tokenizer(base: Base, record: AdapterRecord | None, folder: Path) -> N
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _extra_files(base: Base, record: AdapterRecord | None) -> dict[str, bytes]:
+def folder_files(base: Base, record: AdapterRecord | None) -> dict[str, bytes]:
     """What ends an answer, for transformers (a classifier has none); and the adapter's record, which keeps template and
     provenance.
     """

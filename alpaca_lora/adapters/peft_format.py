@@ -280,7 +280,8 @@ def _check_base(root: Path, record: AdapterRecord, base_fingerprint: str | None,
     raise AdapterError(
         f"trained on another base model: {record.base_model} with fingerprint {record.base_fingerprint}, "
         f"this one has {base_fingerprint}",
-        file=root / RECORD_NAME, field="base_fingerprint", fix="give the base model that the adapter was trained on",
+        file=root / RECORD_NAME, field="base_fingerprint",
+        fix="give the base model that the adapter was trained on, quantized as it was then or not at all",
     )  # fmt: skip
 
 

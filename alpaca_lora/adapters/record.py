@@ -38,6 +38,8 @@ class AdapterRecord:
     config: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
+    # entries of the plan by which the base was quantized while it was loaded; empty otherwise
+    base_plan: list[dict[str, Any]] = field(default_factory=list)
     # scheme, settings and dtype of a run that trained for them; empty otherwise
     quantization_aware: dict[str, Any] = field(default_factory=dict)
     version: str = ""  # of this package
@@ -69,10 +71,16 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "stop_ids": (list,), "stop_strings": (list,), "add_bos": (bool,), "add_eos": (bool,),
     "tokenizer_fingerprint": (str,), "data_hashes": (dict,),
     "config": (dict,), "metrics": (dict,), "labels": (list,),
-    "quantization_aware": (dict,), "version": (str,), "adapter_sha256": (str,),
+    "base_plan": (list,), "quantization_aware": (dict,), "version": (str,), "adapter_sha256": (str,),
     "format_version": (int,),
 }  # fmt: skip
-_ITEM_TYPES: Mapping[str, type] = {"stop_ids": int, "stop_strings": str, "data_hashes": str, "labels": str}
+_ITEM_TYPES: Mapping[str, type] = {
+    "stop_ids": int,
+    "stop_strings": str,
+    "data_hashes": str,
+    "labels": str,
+    "base_plan": dict,
+}
 
 
 def _check(content: dict[str, Any], file: str | PathLike[str]) -> None:

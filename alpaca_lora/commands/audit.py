@@ -17,6 +17,7 @@ from alpaca_lora.commands.job import Job
 from alpaca_lora.data.preview import length_histogram, row_panel, spread_rows
 from alpaca_lora.device import peak_memory_bytes
 from alpaca_lora.home import home
+from alpaca_lora.quantization.plan import scheme_settings
 from alpaca_lora.training.preflight import Probe, check_fits, longest_batch, memory_limit, probe
 from alpaca_lora.training.probe_cache import ProbeCache
 from alpaca_lora.training.schedule import total_steps
@@ -97,7 +98,7 @@ def facts(job: Job) -> dict[str, Any]:
     batch = longest_batch(job.prepared.train, config.micro_batch_size * config.cutoff_len, config.batch_size)
     trained = [(name, tuple(p.shape), str(p.dtype)) for name, p in job.adapter.trained_parameters()]
     return {
-        "base": job.base.fingerprint, "quantization_aware": [config.quantization_aware, config.settings()],
+        "base": job.base.fingerprint, "quantization_aware": [config.quantization_aware, scheme_settings(config)],
         "method": config.method, "trained": trained, "adapter": job.adapter.config,
         "lengths": list(batch.lengths),
         "labels": batch.num_supervised, "gradient_checkpointing": config.gradient_checkpointing,

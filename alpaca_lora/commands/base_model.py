@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from alpaca_lora.adapters.record import read_record
+from alpaca_lora.adapters.record import RECORD_NAME, read_record
 from alpaca_lora.device import Compute
 from alpaca_lora.models.load import Base
 from alpaca_lora.quantization.folder import is_quantized
 from alpaca_lora.quantization.load import load_base
+from alpaca_lora.quantization.plan import Plan
 from alpaca_lora.weights.hub import resolve
 
 
@@ -32,20 +35,20 @@ def open_base(
 
     Errors as `quantization.load.load_base`.
     """
-    quantize, plan = asked.quantize, asked.quantization_plan
-    if quantize is None and plan is None and lora_weights is not None:
-        quantize, plan = trained_on(lora_weights)
-        if (quantize or plan) and is_quantized(resolve(asked.base_model)):
-            quantize = plan = None  # the folder's own form; the fingerprint says whether it is the same
-        if quantize or plan:
-            say(f"the base is quantized as the adapter was trained: {quantize or plan}")
-    return load_base(asked.base_model, compute, quantize=quantize, plan_file=plan)
+    plan_of = None
+    if asked.quantization_plan is not None:
+        plan_of = partial(Plan.from_file, path=asked.quantization_plan)
+    elif asked.quantize is None and lora_weights is not None:
+        entries = trained_on(lora_weights)
+        # a quantized folder has its own form; the fingerprint says whether it is the one that was trained on
+        if entries and not is_quantized(resolve(asked.base_model)):
+            say("the base is quantized as the adapter was trained on it")
+            plan_of = partial(Plan.from_entries, entries=entries, file=Path(lora_weights) / RECORD_NAME)
+    return load_base(asked.base_model, compute, quantize=asked.quantize, plan_of=plan_of)
 
 
-def trained_on(lora_weights: str) -> tuple[str | None, str | None]:
-    """(quantize, quantization_plan) of the run that made an adapter; None both for adapters of other programs."""
+def trained_on(lora_weights: str) -> list[Any]:
+    """The plan by which the run that made an adapter quantized its base while loading it; empty where it did not."""
     folder = Path(lora_weights)
-    record = read_record(folder) if folder.is_dir() else None
-    values = [record.config.get(key) if record is not None else None for key in ("quantize", "quantization_plan")]
-    quantize, plan = (value if isinstance(value, str) else None for value in values)
-    return quantize, plan
+    record = read_record(folder) if os.path.isdir(folder) else None  # also names that no folder can have
+    return record.base_plan if record is not None else []

@@ -20,7 +20,7 @@ from alpaca_lora.device import Compute, pick_compute, seed_everything
 from alpaca_lora.errors import ConfigError
 from alpaca_lora.models.classifier import attach_score, refuse_classifier
 from alpaca_lora.models.load import Base, packed_linears
-from alpaca_lora.quantization.plan import Plan, linear_shapes
+from alpaca_lora.quantization.plan import Plan, linear_shapes, scheme_settings
 from alpaca_lora.quantization.qat import fake_quantize
 from alpaca_lora.text.rendered import Rendered, Span, Template
 from alpaca_lora.text.templates import load_template
@@ -34,7 +34,9 @@ from alpaca_lora.training.state import TrainState
 
 @dataclass(frozen=True)
 class Job:
-    """Configuration, model with adapter, and rows. ``loader`` gives the training batches, ``val_loader`` the others."""
+    """Configuration, model with adapter, and rows. ``loader`` gives the training batches, ``val_loader`` the others;
+    ``base_plan`` is how the base was quantized while it was loaded.
+    """
 
     config: FinetuneConfig
     compute: Compute
@@ -43,6 +45,7 @@ class Job:
     prepared: Prepared
     adapter: Adapter
     num_base_parameters: int
+    base_plan: Plan | None
     loader: Loader
     val_loader: Loader | None
     loss: Loss
@@ -73,7 +76,9 @@ class Job:
             stop_ids=list(tokenizer.stop_ids), stop_strings=list(self.template.stop_tokens),
             add_bos=tokenizer.add_bos, add_eos=self.config.add_eos_token, tokenizer_fingerprint=tokenizer.fingerprint,
             data_hashes=dict(self.prepared.data_hashes), config=self.config.model_dump(), metrics=metrics,
-            labels=list(self.prepared.labels), version=__version__, quantization_aware=self._trained_for(),
+            labels=list(self.prepared.labels), version=__version__,
+            base_plan=self.base_plan.to_entries() if self.base_plan is not None else [],
+            quantization_aware=self._trained_for(),
         )  # fmt: skip
 
     def _trained_for(self) -> dict[str, Any]:
@@ -81,7 +86,7 @@ class Job:
         if self.config.quantization_aware is None:
             return {}
         scheme, dtype = self.config.quantization_aware, self.compute.dtype_name
-        return {"scheme": scheme, "settings": self.config.settings(), "dtype": dtype}
+        return {"scheme": scheme, "settings": scheme_settings(self.config), "dtype": dtype}
 
 
 def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> Job:
@@ -96,6 +101,8 @@ def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> J
     if config.task == "generation":
         refuse_classifier(base.model)
     num_base = base.model.num_parameters()
+    on_load = config.quantize is not None or config.quantization_plan is not None
+    base_plan = Plan.of(base.model) if on_load else None
     classifies = config.task == "classification"
     # before the rows are read: a wrong target is to be told of at once. A classifier's head has to know its classes
     adapter = None if classifies else _attach(config, base, say)
@@ -121,7 +128,7 @@ def assemble(config: FinetuneConfig, console: Console, signals: SignalFlag) -> J
     # here and not only by the trainer: a schedule that cannot be is refused before anything is measured or moved
     adapter.begin(total_steps(config.num_epochs, config.max_steps, loader.steps_per_epoch))
     return Job(
-        config, compute, base, template, prepared, adapter, num_base,
+        config, compute, base, template, prepared, adapter, num_base, base_plan,
         loader=loader, val_loader=_loader(config, prepared.val) if prepared.val else None,
         loss=loss, judge=judge,
     )  # fmt: skip
@@ -139,7 +146,7 @@ def _attach(config: FinetuneConfig, base: Base, say: Callable[[str], None]) -> A
     if config.quantization_aware is not None:
         if packed_linears(base.model):
             raise ConfigError(f"{base.name} is quantized already", field="quantization_aware", expected="a dense base")
-        plan = Plan.uniform(base.model, config.quantization_aware, config.settings())
+        plan = Plan.uniform(base.model, config.quantization_aware, scheme_settings(config))
     shapes = linear_shapes(base.model)
     adapter = method_class(config.method).attach(base.model, config, seed=config.seed, encode_text=encode_text)
     for message in adapter.messages:

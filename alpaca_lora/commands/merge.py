@@ -41,26 +41,25 @@ def run(config: MergeConfig, *, resolved: Resolved[MergeConfig], console: Consol
     start = time.perf_counter()
     # what needs no model is judged before one is loaded
     check_free(config.output_dir)
-    method = method_class(method_of(read_config(config.lora_weights)))
-    if not method.mergeable:
-        raise AdapterError(
-            f"is of method {method.method}, which is no change of any weight and cannot be merged",
-            file=config.lora_weights, field="lora_weights", fix="generate takes the folder beside its base model",
-        )  # fmt: skip
+    require_mergeable(config.lora_weights)
     # merged in float32 whatever is stored in the end
     compute = replace(pick_compute(config.device, "float32", config.num_threads), dtype=torch.float32)
     say = speaker(console)
     base = open_base(config, compute, lora_weights=config.lora_weights, say=say)
     say(f"base model: {base.description}")
+    is_packed = bool(packed_linears(base.model))
+    if config.merge_onto == "original" and not is_packed:
+        raise ConfigError("the base is dense, there is no other", field="merge_onto", fix="leave it out")
+    dtype = _storage_dtype(config, base)
     adapter, record = load_adapter(config.lora_weights, base.model, base.fingerprint)
     for message in (*base.notices, *adapter.messages):
         say(message)
     onto: dict[str, Any] = {}
-    if packed_linears(base.model):
-        base, adapter, onto = _onto_original(config, base, adapter, compute, say)
-    elif config.merge_onto == "original":
-        raise ConfigError("the base is dense, there is no other", field="merge_onto", fix="leave it out")
-    dtype = DTYPES[config.dtype] if config.dtype != "auto" else storage_dtype(base.model)
+    if is_packed:
+        original, onto = _original(config, base, compute, say)
+        if config.merge_onto == "original":
+            assert original is not None
+            base, adapter, dtype = original
     report = merge_into_folder(
         base, adapter, config.output_dir, compute, record=record, dtype=dtype,
         bound=config.max_logit_difference, max_shard_bytes=int(config.max_shard_gb * 1e9),
@@ -79,22 +78,42 @@ def run(config: MergeConfig, *, resolved: Resolved[MergeConfig], console: Consol
     }
 
 
-def _onto_original(
-    config: MergeConfig, base: Base, adapter: Adapter, compute: Compute, say: Callable[[str], None]
-) -> tuple[Base, Adapter, dict[str, Any]]:
-    """(base and adapter to merge, what to report) of an adapter that was trained on the packed ``base``: how far the
-    dense base with the same adapter is from what was trained, and, if that is asked for, that base in its place.
+def require_mergeable(lora_weights: str) -> None:
+    """AdapterError when the adapter is no change of weights; other errors as `read_config`."""
+    method = method_class(method_of(read_config(lora_weights)))
+    if not method.mergeable:
+        raise AdapterError(
+            f"is of method {method.method}, which is no change of any weight and cannot be merged",
+            file=lora_weights, field="lora_weights", fix="generate takes the folder beside its base model",
+        )  # fmt: skip
+
+
+def _storage_dtype(config: MergeConfig, base: Base) -> torch.dtype:
+    """Of the merged weights; ``base`` carries no adapter yet."""
+    return DTYPES[config.dtype] if config.dtype != "auto" else storage_dtype(base.model)
+
+
+def _original(
+    config: MergeConfig, base: Base, compute: Compute, say: Callable[[str], None]
+) -> tuple[tuple[Base, Adapter, torch.dtype] | None, dict[str, Any]]:
+    """(the dense base that the packed ``base`` was made of, the adapter on it, the dtype to store), and how far its
+    logits are from those that were trained, as JSON. None where the dense base cannot be had and is not asked for.
     """
     trained = prompt_logits(base)
-    name = read_origin(base.path).base_model if is_quantized(base.path) else config.base_model
+    origin = read_origin(base.path) if is_quantized(base.path) else None
+    name = config.base_model if origin is None else origin.base_model
     try:
         dense = load_base(name, compute)
+        if origin is not None and (origin.adapter_sha256 or dense.fingerprint != origin.base_fingerprint):
+            what = "an adapter was folded in" if origin.adapter_sha256 else f"{name} is another model by now"
+            raise AdapterError(f"is not what {base.path} was made of: {what}", field="merge_onto")
     except AlpacaLoraError as error:
         if config.merge_onto == "original":
             raise
-        say(f"the dense model cannot be loaded, so nothing is said of merging into it ({error})")
-        return base, adapter, {"merge_onto": "dequantized", "original_logit_difference": None}
-    dense_adapter, _ = load_adapter(config.lora_weights, dense.model, base.fingerprint)
+        say(f"nothing is said of merging into the dense weights, since they are not at hand: {error}")
+        return None, {"merge_onto": "dequantized", "original_logit_difference": None}
+    dtype = _storage_dtype(config, dense)
+    adapter, _ = load_adapter(config.lora_weights, dense.model, ignore_base_mismatch=True)
     largest, mean = difference(trained, prompt_logits(dense))
     say(
         f"into the dense weights of {name}: logits differ from the trained ones by {largest:.3g} at most, {mean:.3g} "
@@ -105,7 +124,7 @@ def _onto_original(
         "original_logit_difference": mean,
         "original_max_logit_difference": largest,
     }
-    return (dense, dense_adapter, onto) if config.merge_onto == "original" else (base, adapter, onto)
+    return (dense, adapter, dtype), onto
 
 
 def _show(report: MergeReport, record: AdapterRecord | None, labels: Sequence[str], console: Console) -> None:

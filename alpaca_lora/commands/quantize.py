@@ -7,20 +7,36 @@ rows (calibrated schemes, gptq, awq); in memory, where an adapter is folded in o
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from alpaca_lora import __version__
-from alpaca_lora.adapters.merge import check_free
-from alpaca_lora.adapters.peft_format import load_adapter
-from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord
+from alpaca_lora.adapters.base import Adapter
+from alpaca_lora.adapters.merge import check_free, folder_config, folder_files, save_tokenizer
+from alpaca_lora.adapters.peft_format import WEIGHTS_NAME, load_adapter
+from alpaca_lora.adapters.record import AdapterRecord, read_record
 from alpaca_lora.commands.calibration_rows import calibration_rows, rows_sha256
+from alpaca_lora.commands.job import speaker
+from alpaca_lora.commands.merge import require_mergeable
 from alpaca_lora.commands.schemas import QuantizeConfig
 from alpaca_lora.config import Resolved
 from alpaca_lora.device import DTYPES, Compute, peak_memory_bytes, pick_compute
@@ -28,43 +44,68 @@ from alpaca_lora.errors import ConfigError
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.models.load import Base
 from alpaca_lora.quantization.calibrate import quantize_model, quantize_source
-from alpaca_lora.quantization.folder import Origin, is_quantized, write_quantized
+from alpaca_lora.quantization.folder import Origin, is_quantized, read_origin, write_quantized
 from alpaca_lora.quantization.linear import QuantizedLinear
-from alpaca_lora.quantization.load import load_base, packed_fingerprint
+from alpaca_lora.quantization.load import by_rows, load_base, packed_fingerprint
 from alpaca_lora.quantization.mixed import mixed_plan
-from alpaca_lora.quantization.plan import Plan, linear_shapes
+from alpaca_lora.quantization.plan import Plan, linear_shapes, scheme_settings
+from alpaca_lora.quantization.qat import fold
 from alpaca_lora.text.tokenizer import Tokenizer
 from alpaca_lora.weights.hub import resolve
 from alpaca_lora.weights.safetensors_file import file_sha256
 
-WORST_SHOWN = 3
+WORST_SHOWN, WORST_KEPT = 3, 10
+PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 @dataclass
 class Made:
-    """A model with packed linears. errors: linear -> relative error of its weight, or of its output where it was made
-    on rows.
+    """A model with packed linears. errors: linear -> relative error of its weight, or of its output on the rows
+    (``errors_of``). record: of an adapter that is in the weights.
     """
 
     base: Base
     plan: Plan
     origin: Origin
     errors: dict[str, float]
+    errors_of: str = "weight"
     record: AdapterRecord | None = None
+
+    def statistics(self) -> dict[str, Any]:
+        """The mean and the largest errors, for quantization.json."""
+        worst = sorted(self.errors.items(), key=lambda item: -item[1])[:WORST_KEPT]
+        mean = sum(self.errors.values()) / len(self.errors)
+        return {"relative_errors_of": self.errors_of, "mean": mean, "largest": [list(one) for one in worst]}
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.2g}/s" if task.speed else "")
 
 
 class Bar:
-    """What is done of how much, its rate and the time left, while the block runs."""
+    """What is done of how much, its rate and the time left: a bar on a terminal, elsewhere a line now and then."""
 
     def __init__(self, console: Console) -> None:
+        self.console = console
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=console, transient=True,
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
         self.task = self.progress.add_task("quantizing", total=None)
+        self._done, self._total, self._said = 0, 0, time.perf_counter()
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        self.progress.update(self.task, completed=done, total=total, description=what)
+        if done <= self._done or total != self._total:  # another part of the work
+            self.progress.reset(self.task, total=total)
+        self._done, self._total = done, total
+        self.progress.update(self.task, completed=done, description=what)
+        if not self.console.is_terminal and time.perf_counter() - self._said > PLAIN_SECONDS:
+            self._said = time.perf_counter()
+            task = self.progress.tasks[0]
+            rate = (task.elapsed or 0) / done
+            text = f"{what}: {done}/{total}, {rate:.2g} s each, {rate * (total - done):.0f} s left"
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def run(config: QuantizeConfig, *, resolved: Resolved[QuantizeConfig], console: Console) -> dict[str, Any]:
@@ -77,33 +118,45 @@ def run(config: QuantizeConfig, *, resolved: Resolved[QuantizeConfig], console: 
     if is_quantized(path):
         raise ConfigError(
             f"{path} is quantized already", field="base_model", expected="a dense model",
-            fix="give the model that it was made of",
+            fix=f"give the model that it was made of ({read_origin(path).base_model})",
         )  # fmt: skip
-    compute = pick_compute(config.device, "auto" if config.dtype == "auto" else config.dtype, config.num_threads)
+    compute = pick_compute(config.device, config.dtype, config.num_threads)
     dense_dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
+    say = speaker(console)
+    if path.is_file():
+        say(f"{path.name}: weights that the file holds in blocks are rounded a second time")
     bar = Bar(console)
     with bar.progress:
         made = _make(config, path, compute, bar, console)
-    shapes = linear_shapes(made.base.model)
+    for notice in made.base.notices:
+        say(notice)
     fingerprint = packed_fingerprint(made.origin, made.plan)
-    files = {RECORD_NAME: made.record.to_json().encode()} if made.record is not None else {}
-    folder = write_quantized(
-        config.output_dir, made.base, made.plan, made.origin, fingerprint=fingerprint, dense_dtype=dense_dtype,
-        extra_files=files, max_shard_bytes=int(config.max_shard_gb * 1e9),
-    )  # fmt: skip
+    folder = _write(config, made, fingerprint, dense_dtype)
+    shapes = linear_shapes(made.base.model)
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     dense = made.base.model.num_parameters() * dense_dtype.itemsize
-    errors = sorted(made.errors.items(), key=lambda item: -item[1])
-    console.print(made.plan.table(shapes))
-    console.print(_summary(made, stored, dense, errors, time.perf_counter() - start, folder))
+    statistics = made.statistics()
+    console.print(made.plan.table(shapes, dense_bits=8 * dense_dtype.itemsize))
+    console.print(_summary(made, stored, dense, time.perf_counter() - start, folder), highlight=False)
     return {
         "scheme": config.scheme or "plan", "bits_per_weight": round(made.plan.bits_per_weight(shapes), 4),
-        "bytes": stored, "dense_bytes": dense, "largest_error": errors[0][1] if errors else None,
-        "mean_error": sum(made.errors.values()) / len(errors) if errors else None,
-        "calibration_tokens": made.origin.calibration_tokens, "fingerprint": fingerprint,
-        "peak_memory_bytes": peak_memory_bytes(), "output_dir": config.output_dir,
+        "bytes": stored, "dense_bytes": dense, "largest_error": max(made.errors.values()),
+        "mean_error": statistics["mean"], "calibration_tokens": made.origin.calibration_tokens,
+        "fingerprint": fingerprint, "peak_memory_bytes": peak_memory_bytes(), "output_dir": config.output_dir,
         "seconds": round(time.perf_counter() - start, 3),
     }  # fmt: skip
+
+
+def _write(config: QuantizeConfig, made: Made, fingerprint: str, dense_dtype: torch.dtype) -> Path:
+    base, record = made.base, made.record
+    if record is None and base.path.is_dir():
+        record = read_record(base.path)  # of an adapter that was merged into the base: template and stop tokens
+    return write_quantized(
+        config.output_dir, base.model, made.plan, replace(made.origin, statistics=made.statistics()),
+        fingerprint=fingerprint, config=folder_config(base, dense_dtype, record), dense_dtype=dense_dtype,
+        tokenizer_saver=partial(save_tokenizer, base, record), extra_files=folder_files(base, record),
+        max_shard_bytes=int(config.max_shard_gb * 1e9),
+    )  # fmt: skip
 
 
 def _make(config: QuantizeConfig, path: Path, compute: Compute, bar: Bar, console: Console) -> Made:
@@ -116,8 +169,8 @@ def _make(config: QuantizeConfig, path: Path, compute: Compute, bar: Bar, consol
 
 def _plan_of(config: QuantizeConfig, model: CausalLM) -> Plan:
     if config.plan is not None:
-        return Plan.from_file(model, config.plan)
-    return Plan.uniform(model, str(config.scheme), config.settings())
+        return Plan.from_file(model, config.plan, field="plan")
+    return Plan.uniform(model, str(config.scheme), scheme_settings(config))
 
 
 def _rows(config: QuantizeConfig, tokenizer: Tokenizer) -> list[torch.Tensor]:
@@ -140,26 +193,28 @@ def _origin(config: QuantizeConfig, base_fingerprint: str, rows: list[torch.Tens
 def _from_weights(config: QuantizeConfig, compute: Compute, bar: Bar) -> Made:
     """Each linear as it is read: the dense model never exists."""
     errors: dict[str, float] = {}
+    known: list[tuple[Plan, str]] = []
+
+    def on_plan(plan: Plan, dense_fingerprint: str) -> None:
+        _refuse_missing_rows(plan)
+        known.append((plan, dense_fingerprint))
 
     def on_read(name: str, linear: QuantizedLinear, weight: torch.Tensor | None) -> None:
         assert weight is not None
         errors[name] = linear.relative_error(weight)
-        bar(len(errors), num_linears[0], name)
+        bar(len(errors), len(known[0][0].schemes), name)
 
-    num_linears = [0]
-    plans: list[Plan] = []
+    base = load_base(config.base_model, compute, plan_of=partial(_plan_of, config), on_read=on_read, on_plan=on_plan)
+    plan, fingerprint = known[0]
+    return Made(base, plan, _origin(config, fingerprint, []), errors)
 
-    def on_plan(plan: Plan, dense_fingerprint: str) -> None:
-        num_linears[0] = len(plan.schemes)
-        plans.append(plan)
-        fingerprints.append(dense_fingerprint)
 
-    fingerprints: list[str] = []
-    base = load_base(
-        config.base_model, compute, quantize=None if config.scheme is None else str(config.scheme),
-        settings=config.settings(), plan_file=config.plan, on_read=on_read, on_plan=on_plan,
-    )  # fmt: skip
-    return Made(base, plans[0], _origin(config, fingerprints[0], []), errors)
+def _refuse_missing_rows(plan: Plan) -> None:
+    if name := plan.made_on_rows():
+        raise ConfigError(
+            f"missing: scheme {plan.schemes[name].name} of {name} is made by running the model on rows",
+            field="calibration_data", expected="a text file, or any data file",
+        )  # fmt: skip
 
 
 def _over_rows(config: QuantizeConfig, path: Path, compute: Compute, bar: Bar) -> Made:
@@ -171,46 +226,96 @@ def _over_rows(config: QuantizeConfig, path: Path, compute: Compute, bar: Bar) -
         return rows
 
     base, plan, errors = quantize_source(
-        path, compute, lambda model: _plan_of(config, model), rows_of, int4_method=config.int4_method, on_progress=bar
+        path, compute, partial(_plan_of, config), rows_of, int4_method=config.int4_method, on_progress=bar
     )
-    return Made(base, plan, _origin(config, base.fingerprint, rows), errors)
+    return Made(base, plan, _origin(config, base.fingerprint, rows), errors, errors_of="output")
 
 
 def _in_memory(config: QuantizeConfig, compute: Compute, bar: Bar, console: Console) -> Made:
-    """The dense model in float32, an adapter folded in; then the plan, then its linears one by one."""
-    base = load_base(config.base_model, replace(compute, dtype=torch.float32))
-    record, digest = None, ""
-    if config.lora_weights is not None:
-        adapter, record = load_adapter(config.lora_weights, base.model, base.fingerprint)
-        adapter.merge()
-        digest = file_sha256(Path(config.lora_weights) / "adapter_model.safetensors")
+    """The whole model in float32, or as a quantization-aware run had it; an adapter on it; then its linears one by
+    one.
+    """
+    adapter = _Adapter.read(config)
+    base = load_base(config.base_model, replace(compute, dtype=adapter.dtype if adapter else torch.float32))
+    plan = _plan_of(config, base.model) if config.scheme != "mixed" else None
     rows = _rows(config, base.tokenizer)
-    if config.scheme == "mixed":
+    digest = adapter.digest if adapter else ""
+    if adapter is not None:
+        adapter.put_on(base, plan, speaker(console))
+        if plan is not None and not by_rows(config.int4_method, plan) and adapter.lies_in(plan):
+            errors = fold(base.model, plan, on_progress=bar)
+            return Made(base, plan, _origin(config, base.fingerprint, [], digest), errors, record=adapter.record)
+        adapter.merge(base)
+    if plan is None:
         plan, table = mixed_plan(
             base, rows, bits=config.bits, max_perplexity_increase=config.max_perplexity_increase, on_progress=bar
         )
         console.print(table)
-    else:
-        plan = _plan_of(config, base.model)
+    if not rows:
+        _refuse_missing_rows(plan)
     plan, errors = quantize_model(base, plan, rows, int4_method=config.int4_method, on_progress=bar)
-    return Made(base, plan, _origin(config, base.fingerprint, rows, digest), errors, record)
+    made = Made(base, plan, _origin(config, base.fingerprint, rows, digest), errors)
+    return replace(
+        made, errors_of="output" if by_rows(config.int4_method, plan) else "weight",
+        record=adapter.record if adapter else None,
+    )  # fmt: skip
 
 
-def _summary(
-    made: Made, stored: int, dense: int, errors: list[tuple[str, float]], seconds: float, folder: Path
-) -> Table:  # fmt: skip
+@dataclass
+class _Adapter:
+    """An adapter folder that is to be in the weights. dtype: of the base that it is put on."""
+
+    folder: Path
+    record: AdapterRecord | None
+    dtype: torch.dtype
+    digest: str
+    adapter: Adapter | None = None
+
+    @classmethod
+    def read(cls, config: QuantizeConfig) -> _Adapter | None:
+        """What needs no model is judged before one is loaded."""
+        if config.lora_weights is None:
+            return None
+        require_mergeable(config.lora_weights)
+        folder = Path(config.lora_weights)
+        record = read_record(folder)
+        trained_for = record.quantization_aware if record is not None else {}
+        dtype = DTYPES.get(str(trained_for.get("dtype")), torch.float32)
+        return cls(folder, record, dtype, file_sha256(folder / WEIGHTS_NAME))
+
+    def put_on(self, base: Base, plan: Plan | None, say: Callable[[str], None]) -> None:
+        """Load it; says so when it was trained for another form of the weights than ``plan``."""
+        trained_for = self.record.quantization_aware if self.record is not None else {}
+        wanted = Plan.uniform(base.model, trained_for["scheme"], trained_for.get("settings")) if trained_for else None
+        if wanted is not None and (plan is None or plan.digest() != wanted.digest()):
+            say(f"warning: the adapter was trained for {wanted.summary(linear_shapes(base.model))}, not for this")
+        self.adapter, self.record = load_adapter(self.folder, base.model, base.fingerprint)
+        for message in self.adapter.messages:
+            say(message)
+
+    def lies_in(self, plan: Plan) -> bool:
+        """Whether every linear that it changes is one of the plan."""
+        return set(getattr(self.adapter, "layers", {})) <= plan.schemes.keys()
+
+    def merge(self, base: Base) -> None:
+        """Into the base's weights, in float32."""
+        assert self.adapter is not None
+        base.model.float()
+        self.adapter.merge()
+
+
+def _summary(made: Made, stored: int, dense: int, seconds: float, folder: Path) -> Table:
     table = Table.grid(padding=(0, 2))
+    shown = made.statistics()["largest"][:WORST_SHOWN]
     lines: dict[str, str] = {
         "written to": str(folder),
         "size": f"{stored / 1e6:,.1f} MB, {stored / dense:.0%} of the {dense / 1e6:,.1f} MB of the dense model",
         "time": f"{seconds:.1f} s",
+        "mean error": f"{made.statistics()['mean']:.2%} of the {made.errors_of}'s norm",
+        "largest errors": ", ".join(f"{name} {value:.2%}" for name, value in shown),
     }
     if made.origin.calibration_tokens:
-        lines["calibrated on"] = f"{made.origin.calibration_tokens:,} tokens"
-    if errors:
-        what = "of the output" if made.origin.calibration_tokens else "of the weight"
-        lines["mean error"] = f"{sum(value for _, value in errors) / len(errors):.2%} {what}, relative"
-        lines["largest errors"] = ", ".join(f"{name} {value:.2%}" for name, value in errors[:WORST_SHOWN])
+        lines["run on"] = f"{made.origin.calibration_tokens:,} tokens"
     for label, value in lines.items():
-        table.add_row(label, value)
+        table.add_row(label, escape(value))
     return table

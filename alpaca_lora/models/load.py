@@ -31,8 +31,9 @@ Source = HuggingFaceFolder | GgufFile
 Pack = Callable[[CausalLM, Source, Compute], tuple[str | None, list[str]]]
 Fill = Callable[[Source, CausalLM, torch.dtype, torch.device], None]
 
-# what a folder of our own packed weights says in its config.json; without a `Pack` it is refused like any other
-PACKED_CONFIG = {"quant_method": "alpaca_lora"}
+# what a folder of our own packed weights says in its config.json; without a `Pack` it is refused like any other. There
+# is no quant_method on purpose: transformers only warns of one that it does not know, and makes up the missing weights
+PACKED_CONFIG = {"format": "alpaca_lora"}
 # Buffers that older files carry; they follow from the configuration.
 DERIVED = (".rotary_emb.inv_freq", ".attn.attention.bias", ".attn.attention.masked_bias")
 TIED_HEAD = "lm_head.weight"

@@ -1,14 +1,14 @@
 """A quantized model as a folder: the parts of each linear as safetensors, and `quantization.json`, the plan and where
 it came from.
 
-The configuration names a `quant_method` of ours, so that transformers refuses the folder instead of misreading it.
+The configuration names no `quant_method`, which makes transformers refuse the folder instead of misreading it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from alpaca_lora.errors import ModelFileError
+from alpaca_lora.models.classifier import SCORE_WEIGHT, find_score
 from alpaca_lora.models.decoder import CausalLM
-from alpaca_lora.models.load import PACKED_CONFIG, Base, packed_linears
+from alpaca_lora.models.load import PACKED_CONFIG, Source, packed_linears
 from alpaca_lora.quantization.plan import Plan
 from alpaca_lora.weights.contained import contained_file, read_json
 from alpaca_lora.weights.huggingface import write_folder
@@ -46,34 +47,59 @@ class Origin:
 
 
 def write_quantized(
-    folder: str | PathLike[str], base: Base, plan: Plan, origin: Origin, *, fingerprint: str,
-    dense_dtype: torch.dtype, extra_files: Mapping[str, bytes] | None = None, max_shard_bytes: int = 4_000_000_000,
+    folder: str | PathLike[str], model: CausalLM, plan: Plan, origin: Origin, *, fingerprint: str,
+    config: Mapping[str, Any], dense_dtype: torch.dtype, tokenizer_saver: Callable[[Path], object],
+    extra_files: Mapping[str, bytes] | None = None, max_shard_bytes: int = 4_000_000_000,
 ) -> Path:  # fmt: skip
-    """Write a base whose linears are packed as the plan says; what stays dense is stored as ``dense_dtype``.
+    """Write a model whose linears are packed as the plan says; what stays dense is stored as ``dense_dtype``.
 
-    The folder appears whole or not at all. UserError when it exists, MachineError when the disk fails.
+    ``config``: of the dense model's config.json. The folder appears whole or not at all. UserError when it exists,
+    MachineError when the disk fails.
     """
     content = {
         "format_version": FORMAT_VERSION, "fingerprint": fingerprint, **dataclasses.asdict(origin),
         "plan": plan.to_entries(),
     }  # fmt: skip
-    config = {
-        **base.config.to_hf(), "torch_dtype": str(dense_dtype).removeprefix("torch."),
-        "quantization_config": PACKED_CONFIG,
-    }  # fmt: skip
     files = {PLAN_NAME: (json.dumps(content, indent=1, sort_keys=True) + "\n").encode(), **(extra_files or {})}
     return write_folder(
-        folder, _tensors(base.model, dense_dtype), config, extra_files=files, tokenizer_saver=base.tokenizer.save,
-        max_shard_bytes=max_shard_bytes,
+        folder, _tensors(model, dense_dtype), {**config, "quantization_config": PACKED_CONFIG}, extra_files=files,
+        tokenizer_saver=tokenizer_saver, max_shard_bytes=max_shard_bytes,
     )  # fmt: skip
 
 
 def _tensors(model: CausalLM, dense_dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """One at a time; a classifier has no head over tokens, and its own is float32 everywhere."""
+    left_out = "lm_head." if find_score(model) is not None else None
     for name, parameter in model.named_parameters():
-        yield name, parameter.detach().to(dense_dtype)
+        if not (left_out and name.startswith(left_out)):
+            yield name, parameter.detach().to("cpu", torch.float32 if name == SCORE_WEIGHT else dense_dtype)
     for name, linear in packed_linears(model):
         for part, tensor in linear.named_buffers():
-            yield f"{name}.{part}", tensor
+            yield f"{name}.{part}", tensor.cpu()
+
+
+def check_stored(source: Source, model: CausalLM) -> None:
+    """ModelFileError naming tensor and file where parts of the linears of an empty model are missing in a folder, or
+    have shapes that do not go with each other.
+    """
+    for name, linear in packed_linears(model):
+        parts = linear.stored_shapes()
+        for part, shape in parts.items():
+            tensor = f"{name}.{part}"
+            found = source.shapes.get(tensor)
+            if found == shape:
+                continue
+            others = [f"{name}.{other}" for other in parts if f"{name}.{other}" in source.shapes]
+            file = source.where(tensor if found is not None else others[0]) if others else source.path
+            what = "is missing" if found is None else f"has shape {_shown(found)}, which does not fit its linear"
+            raise ModelFileError(
+                f"{what} of {linear.out_features} x {linear.in_features} weights" if found is not None else what,
+                file=file, field=tensor, expected=_shown(shape), fix="quantize the model again",
+            )  # fmt: skip
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def is_quantized(path: Path) -> bool:

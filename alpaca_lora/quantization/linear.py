@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alpaca_lora.errors import ModelFileError
 from alpaca_lora.kernels.tiled import spans
 from alpaca_lora.models.linear import PackedLinear
 from alpaca_lora.quantization.scheme import Scheme
@@ -87,6 +88,13 @@ class QuantizedLinear(PackedLinear):
             return
         parts = {part: source.read(f"{name}.{part}").to(device) for part in self.part_names}
         file = source.where(f"{name}.{self.part_names[0]}")
+        for part, tensor in parts.items():
+            if tensor.dtype != (wanted := self.get_buffer(part).dtype):
+                found, expected = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, wanted))
+                raise ModelFileError(
+                    f"is stored as {found}", file=source.where(f"{name}.{part}"), field=f"{name}.{part}",
+                    expected=f"{expected} of scheme {self.scheme.name}", fix="quantize the model again",
+                )  # fmt: skip
         self.scheme.check_parts(parts, name=name, file=file)
         self.set_parts(parts)
         self._tell(name, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from os import PathLike
 from typing import Any
 
 import torch
@@ -16,53 +15,62 @@ from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.models.linear import Linear
 from alpaca_lora.models.load import Base, Source
 from alpaca_lora.models.load import load_base as load_dense
-from alpaca_lora.quantization.folder import Origin, is_quantized, read_plan
+from alpaca_lora.quantization.folder import Origin, check_stored, is_quantized, read_plan
 from alpaca_lora.quantization.linear import OnRead, QuantizedLinear
 from alpaca_lora.quantization.plan import Plan, linear_shapes
 
 
 def load_base(
     path_or_name: str, compute: Compute, *, dtype: torch.dtype | None = None, quantize: str | None = None,
-    settings: dict[str, Any] | None = None, plan_file: str | PathLike[str] | None = None,
+    settings: dict[str, Any] | None = None, plan_of: Callable[[CausalLM], Plan] | None = None,
     on_read: OnRead | None = None, on_plan: Callable[[Plan, str], None] | None = None,
 ) -> Base:  # fmt: skip
     """As `models.load.load_base`, and folders of quantized models.
 
-    ``quantize``: a scheme (with ``settings``) for every linear but the head; ``plan_file``: a plan, in its place. Each
-    linear is quantized as it is read, so the dense model never exists. ConfigError, besides, when the model is
-    quantized already, or the plan does not fit it. ``on_plan`` is called with the plan and the
-    dense base's fingerprint before the first weight is read, ``on_read`` for each linear.
+    ``quantize``: a scheme (with ``settings``) for every linear but the head; ``plan_of``: what makes the plan of the
+    empty model (`Plan.from_file`), in its place. Each linear is quantized as it is read, so the dense model never
+    exists. ConfigError, besides, when the model is quantized already, or the plan does not fit it or needs rows.
+    ``on_plan`` is called with the plan and the dense base's fingerprint before the first weight is read, ``on_read``
+    for each linear.
     """
     plans: list[Plan] = []
+    key = "quantize" if quantize is not None else "quantization_plan"
 
     def pack(model: CausalLM, source: Source, _: Compute) -> tuple[str | None, list[str]]:
         stored = is_quantized(source.path)
-        if not stored and quantize is None and plan_file is None:
+        if not stored and quantize is None and plan_of is None:
             return None, []
-        if stored and (quantize is not None or plan_file is not None):
+        if stored and (quantize is not None or plan_of is not None):
             raise ConfigError(
-                f"{source.path} is quantized already", field="quantize" if plan_file is None else "quantization_plan",
-                fix="leave it out, or give the dense model",
-            )  # fmt: skip
-        fingerprint = ""
+                f"{source.path} is quantized already", field=key, fix="leave it out, or give the dense model"
+            )
         if stored:
             plan, fingerprint, _origin = read_plan(source.path, model)
-        elif plan_file is not None:
-            plan = Plan.from_file(model, plan_file)
         else:
-            plan = Plan.uniform(model, quantize or "", settings)
+            plan = plan_of(model) if plan_of is not None else Plan.uniform(model, quantize or "", settings)
+            fingerprint = packed_fingerprint(Origin(path_or_name, source.fingerprint), plan)
+            if on_plan is not None:
+                on_plan(plan, source.fingerprint)
+            _refuse_rows(plan, key)
         plans.append(plan)
         put_on(model, plan, dtype or compute.dtype, is_stored=stored, on_read=on_read)
-        origin = Origin(path_or_name, "" if stored else source.fingerprint)
-        if on_plan is not None:
-            on_plan(plan, origin.base_fingerprint)
-        return fingerprint or packed_fingerprint(origin, plan), []
+        if stored:
+            check_stored(source, model)
+        return fingerprint, []
 
     base = load_dense(path_or_name, compute, dtype=dtype, pack=pack)
     for plan in plans:
         summary = plan.summary(linear_shapes(base.model))
         base = replace(base, description=f"{base.description}, quantized: {summary}")
     return base
+
+
+def _refuse_rows(plan: Plan, field: str) -> None:
+    if name := plan.made_on_rows():
+        raise ConfigError(
+            f"{name}: scheme {plan.schemes[name].name} is made by running the model on rows", field=field,
+            fix="give the folder that `alpaca-lora quantize --calibration_data` makes",
+        )  # fmt: skip
 
 
 def put_on(model: CausalLM, plan: Plan, dtype: torch.dtype, *, is_stored: bool, on_read: OnRead | None = None) -> None:
@@ -77,21 +85,19 @@ def put_on(model: CausalLM, plan: Plan, dtype: torch.dtype, *, is_stored: bool, 
         replace_module(model, name, packed)
 
 
-def pack_dense(model: CausalLM, plan: Plan) -> None:
-    """Quantize the linears of a model that is loaded dense, one by one, in place."""
-    for name, scheme in plan.schemes.items():
-        replace_module(model, name, QuantizedLinear.from_dense(model.get_submodule(name), scheme, name=name))
-
-
 def replace_module(model: CausalLM, name: str, module: torch.nn.Module) -> None:
     """Put ``module`` where ``name`` is."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
+def by_rows(int4_method: str, plan: Plan) -> bool:
+    """Whether the weights that a plan makes depend on calibration rows."""
+    return int4_method != "round" or plan.made_on_rows() is not None
+
+
 def packed_fingerprint(origin: Origin, plan: Plan) -> str:
     """The fingerprint of the base that a plan makes of a dense base; the same wherever and whenever it is made."""
-    identity = [
-        origin.base_fingerprint, plan.digest(), origin.int4_method, origin.calibration_sha256, origin.adapter_sha256
-    ]  # fmt: skip
+    rows = origin.calibration_sha256 if by_rows(origin.int4_method, plan) else ""
+    identity = [origin.base_fingerprint, plan.digest(), origin.int4_method, rows, origin.adapter_sha256]
     return hashlib.sha256("\n".join(identity).encode()).hexdigest()

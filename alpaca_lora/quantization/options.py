@@ -5,7 +5,7 @@ not pay for it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -16,12 +16,11 @@ from alpaca_lora.errors import ConfigError
 OnLoad = Literal["nf4", "fp4", "fp8", "int8", "int4", "int8_dynamic"]
 SchemeName = Literal["nf4", "fp4", "fp8", "int8", "int4", "int8_dynamic", "int8_static", "mixed"]
 FOUR_BIT = frozenset(("nf4", "fp4"))
-# key -> (setting of the scheme, the schemes that have it)
-SETTINGS: Mapping[str, tuple[str, frozenset[str]]] = {
-    "block_size": ("block_size", FOUR_BIT), "double_quant": ("double_quant", FOUR_BIT),
-    "group_size": ("group_size", frozenset(("int4",))), "symmetric": ("symmetric", frozenset(("int4",))),
-    "fp8_format": ("format", frozenset(("fp8",))), "observer": ("observer", frozenset(("int8_static",))),
-    "percentile": ("percentile", frozenset(("int8_static",))),
+# setting of a scheme -> the schemes that have it
+READ_BY: Mapping[str, frozenset[str]] = {
+    "block_size": FOUR_BIT, "double_quant": FOUR_BIT, "group_size": frozenset(("int4",)),
+    "symmetric": frozenset(("int4",)), "fp8_format": frozenset(("fp8",)), "observer": frozenset(("int8_static",)),
+    "percentile": frozenset(("int8_static",)),
 }  # fmt: skip
 
 
@@ -32,7 +31,8 @@ class QuantizationOptions(Options):
         None, description="quantize the base while it is loaded: every linear but the head; none: as it is stored"
     )
     quantization_plan: str | None = Field(
-        None, description="quantize the base while it is loaded by this plan, a JSON file; see docs/quantization.md"
+        None,
+        description="quantize the base while it is loaded by this plan, a YAML or JSON file; see docs/quantization.md",
     )
 
     @model_validator(mode="after")
@@ -53,15 +53,10 @@ class SchemeOptions(Options):
     symmetric: bool | None = Field(None, description="int4: no zero points (false)")
     fp8_format: Literal["e4m3", "e5m2"] | None = Field(None, description="fp8: bits of exponent and fraction (e4m3)")
 
-    def settings(self) -> dict[str, Any]:
-        """The settings that were given for the scheme, by the scheme's own names."""
-        given = {SETTINGS[key][0]: getattr(self, key) for key in SETTINGS if key in type(self).model_fields}
-        return {setting: value for setting, value in given.items() if value is not None}
-
     @classmethod
     def not_of(cls, scheme: str) -> dict[str, str]:
         """Key -> why it has no effect, of the settings that ``scheme`` does not have."""
-        foreign = [key for key, (_, by) in SETTINGS.items() if key in cls.model_fields and scheme not in by]
+        foreign = [key for key, by in READ_BY.items() if key in cls.model_fields and scheme not in by]
         return dict.fromkeys(foreign, f"scheme {scheme} does not read it")
 
 
@@ -93,7 +88,9 @@ class QuantizeOptions(SchemeOptions):
     """Of the command `quantize`."""
 
     scheme: SchemeName | None = Field(None, description="how every linear but the head is stored; mixed: each its own")
-    plan: str | None = Field(None, description="a plan, a JSON file, in place of scheme; see docs/quantization.md")
+    plan: str | None = Field(
+        None, description="a plan, a YAML or JSON file, in place of scheme; see docs/quantization.md"
+    )
     output_dir: str = Field(min_length=1, description="folder to write; it must not hold a model yet")
     lora_weights: str | None = Field(
         None, min_length=1, description="adapter folder to fold into the weights first, in float32"
