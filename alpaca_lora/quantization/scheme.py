@@ -81,7 +81,8 @@ class Scheme(ABC):
 
     def apply(self, x_TI: torch.Tensor, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
         """x W^T (T, out) in the dtype of x, differentiable in x. Schemes that quantize activations too override it."""
-        return tiled_linear(x_TI, lambda rows, columns: self.tile(parts, shape, rows, columns, x_TI.dtype), shape[0])
+        dtype = x_TI.dtype  # not read inside: the function would keep x alive until the backward pass
+        return tiled_linear(x_TI, lambda rows, columns: self.tile(parts, shape, rows, columns, dtype), shape[0])
 
     def check_parts(self, parts: Parts, *, name: str, file: str | PathLike[str]) -> None:
         """NumericalError naming tensor and file when a scale is NaN or infinite. Shapes were compared before."""
