@@ -76,7 +76,9 @@ class Program:
             }  # fmt: skip
         if command == "generate":
             return {**model, "dtype": "float32", "prompt": "Hi", "max_new_tokens": 2}
-        return {**model, "output_dir": self.folder / "merged"} if command == "merge" else {}
+        if command in ("merge", "quantize"):
+            return {**model, "output_dir": self.folder / ("merged" if command == "merge" else "quantized")}
+        return {}
 
 
 def snapshot(path: Path) -> dict[str, str] | str | None:

@@ -10,7 +10,14 @@ import pytest
 from alpaca_lora.adapters.base import METHODS
 from alpaca_lora.adapters.options import READ_BY, AdapterOptions
 from alpaca_lora.cli import COMMANDS
-from alpaca_lora.commands.schemas import METHOD_DEFAULTS, SCHEMAS, FinetuneConfig, GenerateConfig, MergeConfig
+from alpaca_lora.commands.schemas import (
+    METHOD_DEFAULTS,
+    SCHEMAS,
+    FinetuneConfig,
+    GenerateConfig,
+    MergeConfig,
+    QuantizeConfig,
+)
 from alpaca_lora.config import Options, resolve
 from alpaca_lora.errors import ConfigError
 from tests.package_files import CHECKOUT
@@ -31,7 +38,9 @@ def test_no_key_stands_in_two_rooms(command: str) -> None:
     for room in SCHEMAS[command].__mro__:
         if issubclass(room, Options) and room is not Options:
             for key in inspect.get_annotations(room):
-                if (room.__name__, key) == ("MergeConfig", "dtype"):  # only described anew, see below
+                if (
+                    room.__name__ in ("MergeConfig", "QuantizeConfig") and key == "dtype"
+                ):  # only described anew, see below
                     continue
                 if key in SCHEMAS[command].model_fields:
                     owners.setdefault(key, []).append(room.__name__)
@@ -72,10 +81,11 @@ def test_the_models_keys_are_the_same_in_every_command() -> None:
         assert FinetuneConfig.model_fields[key].default == GenerateConfig.model_fields[key].default
 
 
-def test_merge_describes_its_dtype_and_changes_nothing_else_of_it() -> None:
-    mine, models = MergeConfig.model_fields["dtype"], GenerateConfig.model_fields["dtype"]
+@pytest.mark.parametrize(("schema", "words"), [(MergeConfig, "merged weights"), (QuantizeConfig, "stays dense")])
+def test_a_dtype_that_is_described_anew_is_the_same_otherwise(schema: type[Options], words: str) -> None:
+    mine, models = schema.model_fields["dtype"], GenerateConfig.model_fields["dtype"]
     assert (mine.annotation, mine.default) == (models.annotation, models.default)
-    assert "merged weights" in str(mine.description) and mine.description != models.description
+    assert words in str(mine.description) and mine.description != models.description
 
 
 @pytest.mark.parametrize(
