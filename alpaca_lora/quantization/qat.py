@@ -222,7 +222,7 @@ def _quantized_sum(adapted: Any, scheme: Scheme, name: str, merged: torch.Tensor
 
 def _bias(adapted: Any) -> nn.Parameter | None:
     """The base's own, or a scaled copy of it where the adapter changes it."""
-    if isinstance(adapted, Foldable) or adapted.base.bias is None:
+    if adapted.base.bias is None or hasattr(adapted, "learn_together"):
         return adapted.base.bias
     return nn.Parameter(adapted.bias.detach(), requires_grad=False)
 
