@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -28,6 +28,8 @@ from alpaca_lora.data.cleaning import RULE_NAMES
 from alpaca_lora.data.formats import FIELD_PAIRS
 from alpaca_lora.inference.options import GenerationOptions
 from alpaca_lora.models.families import FAMILIES
+from alpaca_lora.quantization.options import QuantizeOptions
+from alpaca_lora.quantization.scheme import SCHEMES
 from alpaca_lora.text.messages import instruction
 from alpaca_lora.text.templates import INSTRUCTION_TEMPLATES, load_template
 from alpaca_lora.training.identity import FREE_KEYS
@@ -140,7 +142,8 @@ def judge(words: list[str], where: str) -> None:
     if "--help" in words:
         return
     value: Any = resolve(SCHEMAS[words[0]], words[1:], words[0]).value
-    for path in getattr(value, "data_path", []):
+    rows = [*getattr(value, "data_path", []), getattr(value, "calibration_data", None)]
+    for path in filter(None, rows):
         assert path.startswith("../shared/") or (CHECKOUT / path).is_file(), f"{where}: {path}"
 
 
@@ -207,6 +210,11 @@ def test_tables_are_complete() -> None:
     assert listed(models) >= {*ALIASES, *FAMILIES}
     for alias, model in ALIASES.items():
         assert f"| `{alias}` |" in models and f"| {model.num_bytes / 1e6:.0f} MB |" in models
+    quantization = listed(page("docs/quantization.md"))
+    assert quantization == {*SCHEMES, *get_args(QuantizeOptions.model_fields["int4_method"].annotation)}
+    told = page("docs/quantization.md") + page("docs/adapters.md")
+    shards = {"max_shard_gb"}  # as of merge
+    assert [key for key in QuantizeOptions.model_fields if f"{key}" not in told and key not in shards] == []
     asked = set(GenerationOptions.model_fields) - {"lora_weights", "prompt", "input"}
     assert asked <= listed(page("docs/generate.md"))
 
@@ -255,9 +263,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name, count in (("train", 24), ("dev", 8)):
         lines = [f"{'good' if i % 2 else 'bad'} film {name} {i}\t{i % 2}\n" for i in range(count)]
         (root / f"shared/data/sst2/{name}.tsv").write_text("".join(lines))
-    for block in blocks(CHECKOUT / "docs/text.md"):
-        if block.language == "yaml":
-            (place / block.text.split()[1]).write_text(block.text)
+    for name in ("docs/text.md", "docs/quantization.md"):
+        for block in blocks(CHECKOUT / name):
+            if block.language == "yaml":
+                (place / block.text.split()[1]).write_text(block.text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALPACA_LORA_HOME", str(root / "home"))
         patch.chdir(place)
@@ -284,7 +293,7 @@ def execute(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert cli.main(words) == 0
         return
     monkeypatch.setattr(sys, "stdin", io.StringIO("When do you open?\n"))
-    if words[0] in ("finetune", "merge", "combine"):
+    if words[0] in ("finetune", "merge", "combine", "quantize"):
         value: Any = resolve(SCHEMAS[words[0]], words[1:], words[0]).value
         shutil.rmtree(value.output_dir, ignore_errors=True)
     if "--resume_from_checkpoint" in words:

@@ -253,7 +253,12 @@ def _checked(scheme: Scheme, name: str, shape: Shape) -> Scheme:
 
 
 def _settings_text(entry: Mapping[str, Any]) -> str:
-    settings = [f"{key} {value}" for key, value in entry.items() if key not in ENTRY_KEYS]
+    """The scheme with its settings but those that are as usual; the group size is told always."""
+    usual = scheme_class(entry["scheme"])().to_json()
+    settings = [
+        f"{key} {value}" for key, value in entry.items()
+        if key not in ENTRY_KEYS and (value != usual[key] or key == "group_size")
+    ]  # fmt: skip
     return entry["scheme"] + (f" ({', '.join(settings)})" if settings else "")
 
 

@@ -238,6 +238,6 @@ def test_another_form_of_the_base_is_refused(program: Program, trained: Path) ->
     program.refuses("generate", 2, *says, lora_weights=program.folder / "out", quantize="nf4")
 
 
-def test_a_run_on_a_quantized_base_is_resumed(program: Program) -> None:
+def test_a_resumed_run_keeps_the_form_of_its_base(program: Program) -> None:
     assert program("finetune", quantize="nf4", max_steps=1).code == 0
     program.refuses("finetune", 2, "quantize", quantize="int8", resume_from_checkpoint="auto")
