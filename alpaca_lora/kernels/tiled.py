@@ -16,6 +16,7 @@ import torch
 from alpaca_lora.kernels.float8 import widen
 
 Tile = Callable[[slice, slice], torch.Tensor]  # (rows, columns) of W (out, in) -> that part of W, in the dtype of X
+Few = Callable[[torch.Tensor], torch.Tensor | None]  # X -> X W^T without tiles, or None where tiles are better
 
 # elements of a tile: 8 MB of bfloat16, which stays in the cache between the decoder that writes it and the product
 TILE_ELEMENTS = 2**22
@@ -27,12 +28,13 @@ ALIGNMENT = 256  # tiles of columns begin on a multiple of this, so that no quan
 
 class _TiledLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TI: torch.Tensor, tile: Tile, out_features: int) -> torch.Tensor:
-        in_features = x_TI.shape[1]
+    def forward(ctx: Any, x_TI: torch.Tensor, tile: Tile, out_features: int, few: Few | None) -> torch.Tensor:
+        ctx.tile, ctx.in_features = tile, x_TI.shape[1]
+        if few is not None and (y_TO := few(x_TI)) is not None:
+            return y_TO
         y_TO = x_TI.new_empty(x_TI.shape[0], out_features)
-        for rows in spans(out_features, in_features):
-            y_TO[:, rows] = x_TI @ tile(rows, slice(0, in_features)).t()
-        ctx.tile, ctx.in_features = tile, in_features
+        for rows in spans(out_features, x_TI.shape[1]):
+            torch.mm(x_TI, tile(rows, slice(0, x_TI.shape[1])).t(), out=y_TO[:, rows])
         return y_TO
 
     @staticmethod
@@ -40,8 +42,8 @@ class _TiledLinear(torch.autograd.Function):
         out_features = dy_TO.shape[1]
         dx_TI = dy_TO.new_empty(dy_TO.shape[0], ctx.in_features)
         for columns in spans(ctx.in_features, out_features):
-            dx_TI[:, columns] = dy_TO @ ctx.tile(slice(0, out_features), columns)
-        return dx_TI, None, None
+            torch.mm(dy_TO, ctx.tile(slice(0, out_features), columns), out=dx_TI[:, columns])
+        return dx_TI, None, None, None
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -118,6 +120,8 @@ def spans(length: int, other: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-def tiled_linear(x_TI: torch.Tensor, tile: Tile, out_features: int) -> torch.Tensor:
-    """As `reference.tiled_linear`: x W^T (T, out) in the dtype of x, with W (out, in) made by ``tile`` where needed."""
-    return _TiledLinear.apply(x_TI, tile, out_features)  # pyright: ignore[reportReturnType]
+def tiled_linear(x_TI: torch.Tensor, tile: Tile, out_features: int, few: Few | None = None) -> torch.Tensor:
+    """As `reference.tiled_linear`: x W^T (T, out) in the dtype of x, with W (out, in) made by ``tile`` where needed;
+    forward, ``few`` is tried first.
+    """
+    return _TiledLinear.apply(x_TI, tile, out_features, few)  # pyright: ignore[reportReturnType]

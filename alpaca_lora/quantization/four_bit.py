@@ -13,14 +13,12 @@ from typing import ClassVar
 import torch
 
 from alpaca_lora.errors import NumericalError
-from alpaca_lora.kernels.four_bit import BlockScales, decode_four_bit, pack_codes
+from alpaca_lora.kernels.four_bit import BlockScales, decode_four_bit, encode_four_bit, four_bit_linear
 from alpaca_lora.quantization.dynamic_map import dynamic_map, quantize_on_grid
 from alpaca_lora.quantization.scheme import Part, Parts, Scheme
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 32, 4096
 NESTED_BLOCK = 256
-TINY = 1e-38  # a block of zeros is divided by it
-CHUNK_BLOCKS = 2**14  # blocks quantized at a time: temporaries of 4 MB for blocks of 64
 
 
 @dataclass(frozen=True)
@@ -53,62 +51,48 @@ class FourBit(Scheme):
         }  # fmt: skip
 
     def quantize(self, weight_OI: torch.Tensor, *, name: str) -> dict[str, torch.Tensor]:
-        flat = weight_OI.reshape(-1)
-        step = self.block_size * CHUNK_BLOCKS
-        packed, absmax = [], []
-        for start in range(0, flat.numel(), step):
-            codes, largest = self._quantize_some(flat[start : start + step].float(), name)
-            packed.append(pack_codes(codes))
-            absmax.append(largest)
-        codes, largest = torch.cat(packed), torch.cat(absmax)
+        codes, largest = encode_four_bit(weight_OI.reshape(-1), _table(type(self), weight_OI.device), self.block_size)
+        if not bool(torch.isfinite(largest).all()):
+            raise NumericalError("weights that are NaN or infinite", field=name)
         if not self.double_quant:
             return {"codes": codes, "absmax": largest}
         offset = largest.mean()
+        if not bool(torch.isfinite(offset)):
+            raise NumericalError("weights too large: the mean of their blocks' magnitudes is infinite", field=name)
         nested, scales = quantize_on_grid(largest - offset, NESTED_BLOCK)
         return {
             "codes": codes, "absmax_codes": nested, "absmax_scales": scales, "absmax_offset": offset.reshape(1)
         }  # fmt: skip
 
-    def _quantize_some(self, flat: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes uint8, largest magnitude of each block) of whole blocks and perhaps a shorter last one."""
-        bounds, order = _bounds(type(self))
-        whole = flat.numel() // self.block_size * self.block_size
-        blocks = flat[:whole].view(-1, self.block_size)
-        largest = blocks.abs().amax(1)
-        scaled = (blocks * (1.0 / largest.clamp(min=TINY))[:, None]).clamp_(-1, 1).view(-1)
-        if whole < flat.numel():
-            rest = flat[whole:].abs().max().clamp(min=TINY)
-            largest = torch.cat((largest, rest[None]))
-            scaled = torch.cat((scaled, (flat[whole:] / rest).clamp(-1, 1)))
-        if scaled.numel() % 2:  # half a byte is left over: the code of zero
-            scaled = torch.cat((scaled, scaled.new_zeros(1)))
-        if not bool(torch.isfinite(largest).all()):
-            raise NumericalError("weights that are NaN or infinite", field=name)
-        codes = torch.bucketize(scaled, bounds.to(flat.device), out_int32=True)
-        return order.to(flat.device)[codes], largest
-
     def tile(
         self, parts: Parts, shape: tuple[int, int], rows: slice, columns: slice, dtype: torch.dtype
     ) -> torch.Tensor:
-        codes = parts["codes"]
-        if self.double_quant:
-            map_ = dynamic_map().to(codes.device)
-            scales = BlockScales(parts["absmax_scales"], parts["absmax_codes"], map_, parts["absmax_offset"])
-        else:
-            scales = BlockScales(parts["absmax"])
-        table = _table(type(self)).to(codes.device)
+        codes, table, scales = self._stored(parts)
         return decode_four_bit(codes, table, scales, None, shape, self.block_size, rows, columns, dtype)
 
+    def apply(self, x_TI: torch.Tensor, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
+        codes, table, scales = self._stored(parts)
+        return four_bit_linear(x_TI, codes, table, scales, None, shape, self.block_size)
+
+    def _stored(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor, BlockScales]:
+        """(codes, the value of each, the scale of each block)."""
+        codes = parts["codes"]
+        if self.double_quant:
+            map_ = _map(codes.device)
+            scales = BlockScales(
+                parts["absmax_scales"], parts["absmax_codes"], map_, parts["absmax_offset"], NESTED_BLOCK
+            )
+        else:
+            scales = BlockScales(parts["absmax"])
+        return codes, _table(type(self), codes.device), scales
+
 
 @cache
-def _table(kind: type[FourBit]) -> torch.Tensor:
+def _table(kind: type[FourBit], device: torch.device) -> torch.Tensor:
     """float32 (16,): the value of each code."""
-    return torch.tensor(kind.values, dtype=torch.float32)
+    return torch.tensor(kind.values, dtype=torch.float32, device=device)
 
 
 @cache
-def _bounds(kind: type[FourBit]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(midpoints between neighbouring values float32 (15,), the code of each value in rising order uint8 (16,))."""
-    values = _table(kind)
-    order = torch.argsort(values)
-    return (values[order[:-1]] + values[order[1:]]) / 2, order.to(torch.uint8)
+def _map(device: torch.device) -> torch.Tensor:
+    return dynamic_map().to(device)
