@@ -23,6 +23,7 @@ from alpaca_lora.adapters.targets import HEAD_OF_CLASSES, find_modules, task_typ
 from alpaca_lora.adapters.whole_modules import HEAD, WholeModules, embedding_name, is_tied, matching
 from alpaca_lora.errors import AdapterError, ConfigError
 from alpaca_lora.models.layers import LayerNorm, RMSNorm
+from alpaca_lora.models.linear import PackedLinear
 
 NORMS = (RMSNorm, LayerNorm, nn.RMSNorm, nn.LayerNorm)
 
@@ -143,6 +144,7 @@ class Freeze(Adapter):
         """
         whole = self._attached()
         count, total = sum(p.numel() for _, p in whole.parameters()), sum(p.numel() for p in self.model.parameters())
+        total += sum(module.num_weights for module in self.model.modules() if isinstance(module, PackedLinear))
         relative = whole.relative()
         grown = {name: share for name, share in relative.items() if math.isfinite(share)}
         lines = [("trained weights", f"{count:,} of {total:,}, {count / total:.2%}")]

@@ -132,6 +132,17 @@ class TestForward:
         adapter.remove()
         assert torch.equal(logits(model), logits(tiny_model()))
 
+    def test_any_adapter_that_merges_folds(self) -> None:
+        """IA3, which changes biases too: as if it had been merged first."""
+        targets = {"lora_target_modules": ["k_proj", "down_proj"], "ia3_feedforward_modules": ["down_proj"]}
+        model, other = tiny_model(qkv_bias=True), tiny_model(qkv_bias=True)
+        plan = Plan.uniform(model, Int8())
+        shaken(attach(model, {"method": "ia3", **targets}))
+        shaken(attach(other, {"method": "ia3", **targets})).merge()
+        fold(model, plan)
+        fold(other, plan)
+        assert torch.equal(logits(model), logits(other)) and not torch.equal(logits(model), logits(tiny_model()))
+
 
 # ---- gradient
 
@@ -305,6 +316,12 @@ def test_the_loss_of_the_quantized_model_falls(method: str, scheme: str) -> None
 def _logged(trainer: Any) -> list[dict[str, Any]]:
     trainer.train()
     return trainer.log.records()
+
+
+def test_freeze_counts_the_packed_weights_of_the_rest() -> None:
+    plain = attach(tiny_model(), WHOLE["freeze"])
+    _, adapter, _ = aware(WHOLE["freeze"], Int8())
+    assert dict(adapter.facts())["trained weights"] == dict(plain.facts())["trained weights"]
 
 
 def test_packed_linears_of_the_rest_count_as_weights() -> None:
