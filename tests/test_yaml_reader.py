@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alpaca_lora.errors import ConfigError
-from alpaca_lora.yaml_reader import MAX_BYTES, parse_yaml, read_yaml, resolve_scalar
+from alpaca_lora.yaml_reader import MAX_BYTES, parse_yaml, read_yaml, read_yaml_list, resolve_scalar
 
 
 @pytest.mark.parametrize(
@@ -136,3 +136,36 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> N
     path = tmp_path / "f.yml"
     path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: two\r\n")
     assert {key: entry.value for key, entry in read_yaml(path).items()} == {"a": 1, "b": "two"}
+
+
+def test_a_list_of_mappings_under_one_key(tmp_path: Path) -> None:
+    path = tmp_path / "f.yml"
+    path.write_text("# a list\nplan:\n  - {a: 1, b: [x, 2.5]}\n\n  - c: yes\n    d:\n  - {}\n")
+    items = read_yaml_list(path, "plan", field="plan_file")
+    assert [{key: entry.value for key, entry in item.items()} for item in items] == [
+        {"a": 1, "b": ["x", 2.5]}, {"c": "yes", "d": None}, {}
+    ]  # fmt: skip
+    assert [[entry.line for entry in item.values()] for item in items] == [[3, 3], [5, 6], []]
+    path.write_text('{"plan": [{"a": 1}]}')  # JSON is YAML
+    assert [item["a"].value for item in read_yaml_list(path, "plan", field="plan_file")] == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "f.yml: is something else"), ("[]", "f.yml:1: is something else"), ("other: []", "f.yml:1: is something"),
+        ("plan: text", "f.yml:1: is something else"), ("plan:\n- [a]", "f.yml:2: is something else"),
+        ("plan:\n- {a: {b: 1}}", "f.yml:2: a: a mapping where a value is expected"),
+        ("plan:\n- {a: 1}\nb: 2", "f.yml:3: a second key"), ("plan: []\n---\nplan: []", "f.yml:2: a second document"),
+        ("plan:\n- {a: 1, a: 2}", "f.yml:2: a: given twice"), ("plan:\n- !!python {a: 1}", "f.yml:2: plan: tag"),
+        ("plan: &x\n- {a: 1}\n- *x", "f.yml:3: plan: alias"), ("plan:\n- {a: 1", "f.yml:2: not YAML"),
+        ("plan:\n" + "- {}\n" * 1001, "f.yml:1002: plan: more than 1000 entries"),
+    ],
+)  # fmt: skip
+def test_what_is_no_list_of_mappings(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "f.yml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_yaml_list(tmp_path / "f.yml", "plan", field="plan_file")
+    assert str(caught.value).startswith(f"{tmp_path}/{says}")
+    with pytest.raises(ConfigError, match=r"nowhere\.yml: plan_file: no such file"):
+        read_yaml_list(tmp_path / "nowhere.yml", "plan", field="plan_file")

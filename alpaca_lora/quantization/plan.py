@@ -46,19 +46,14 @@ class Plan:
     schemes: Mapping[str, Scheme]
 
     @classmethod
-    def uniform(
-        cls, model: nn.Module, scheme: str | Scheme, settings: Mapping[str, Any] | None = None, *,
-        fit_groups: bool = False,
-    ) -> Plan:  # fmt: skip
-        """One scheme for every linear but the heads. A group size that is not among the ``settings``, or with
-        ``fit_groups`` one that is, is halved until it divides a linear's inputs. ConfigError for settings that cannot
-        be, or do not fit a linear.
+    def uniform(cls, model: nn.Module, scheme: str | Scheme, settings: Mapping[str, Any] | None = None) -> Plan:
+        """One scheme for every linear but the heads. A group size that is not among the ``settings`` is fitted to each
+        linear. ConfigError for settings that cannot be, or do not fit a linear.
         """
         chosen = {}
         for name, shape in linear_shapes(model).items():
             if name.rpartition(".")[2] not in HEADS:
-                made = _made(scheme, settings or {}, shape, fit_groups=fit_groups)
-                chosen[name] = _checked(made, name, shape)
+                chosen[name] = _checked(_made(scheme, settings or {}, shape), name, shape)
         return cls(chosen)
 
     @classmethod
@@ -229,14 +224,14 @@ def _matched(words: Sequence[str], names: Sequence[str], field: str) -> list[str
     return [name for name in names if name in found]
 
 
-def _made(scheme: str | Scheme, settings: Mapping[str, Any], shape: Shape, *, fit_groups: bool = False) -> Scheme:
+def _made(scheme: str | Scheme, settings: Mapping[str, Any], shape: Shape) -> Scheme:
     """The scheme with its settings; a group size that nobody gave is halved until it divides the linear's inputs."""
     if isinstance(scheme, Scheme):
         return scheme
     kind = scheme_class(scheme)
     made = kind.make(settings)
     group_size = getattr(made, "group_size", None)
-    if group_size is None or ("group_size" in settings and not fit_groups):
+    if group_size is None or "group_size" in settings:
         return made
     while shape[1] % group_size and group_size > SMALLEST_GROUP:
         group_size //= 2
