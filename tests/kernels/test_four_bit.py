@@ -71,7 +71,9 @@ class Weight:
         beside = [numbers[self.of_element].view(shape) for numbers in each]
         self.wide_OI = reference.decode_four_bit(codes_N.view(shape), self.table, beside[0], (beside + [None])[1])
 
-    def arguments(self) -> tuple:
+    def arguments(
+        self,
+    ) -> tuple[torch.Tensor, torch.Tensor, BlockScales, torch.Tensor | None, tuple[int, int], int]:
         return self.packed, self.table, self.scales, self.zeros, self.shape, self.block_size
 
 
