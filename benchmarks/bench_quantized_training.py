@@ -143,7 +143,9 @@ def verdicts(results: list[dict[str, Any]]) -> list[str]:
         if "failed" not in one and one["val_loss"] < best.get(one["run"], {"val_loss": float("inf")})["val_loss"]:
             best[one["run"]] = one
     lines, lora = [], best.get("lora")
-    for name, one in best.items() if lora else ():
+    if lora is None:
+        return lines
+    for name, one in best.items():
         if name.startswith("qlora"):
             lost = one["val_loss"] - lora["val_loss"]
             lines.append(f"{name} against lora: {lost:+.4f} nats, {'within' if lost <= GOAL else 'beyond'} {GOAL}")
