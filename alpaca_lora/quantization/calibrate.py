@@ -2,257 +2,180 @@
 already.
 
 One dense layer is there at a time. The rows' activations go through it twice: dense, to collect what its linears see,
-and quantized, to become the inputs of the next. Knows linears and the order of layers; no architecture.
+and quantized, to become the inputs of the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from alpaca_lora.device import Compute
-from alpaca_lora.errors import ConfigError
-from alpaca_lora.models.attention import Packed
 from alpaca_lora.models.decoder import CausalLM
-from alpaca_lora.models.load import Base, Source, load_base, load_tokenizer, read_weights
-from alpaca_lora.quantization.awq import awq
+from alpaca_lora.models.load import Base, Source, load_base, load_tokenizer
+from alpaca_lora.quantization.awq import awq, mean_magnitude
 from alpaca_lora.quantization.gptq import gptq, hessian
 from alpaca_lora.quantization.int4 import Int4
+from alpaca_lora.quantization.layer_walk import Inputs, LayerWalk, Rows, Stream, check_rows
 from alpaca_lora.quantization.linear import QuantizedLinear
 from alpaca_lora.quantization.plan import Plan
+from alpaca_lora.quantization.scheme import Scheme
 from alpaca_lora.text.tokenizer import Tokenizer
 
-LEAST_TOKENS = 128
-STREAM_TOKENS = 2048  # of one pass through a layer
 METHODS = ("round", "gptq", "awq")  # ways to choose int4 codes
 
-OnProgress = Callable[[int, int, str], None]  # done, in all, what
-Rows = Sequence[torch.Tensor]  # int64 token ids (T,) each
+OnProgress = Callable[[int, int, str], None]  # done, in all, what; an exception that it raises ends the work
+Errors = dict[str, float]  # linear -> relative error
+Result = TypeVar("Result")
 
 
 def quantize_model(
     base: Base, plan: Plan, rows: Rows, *, int4_method: str = "round", on_progress: OnProgress | None = None
-) -> tuple[Plan, dict[str, float]]:
+) -> tuple[Plan, Errors]:
     """Quantize the linears of a base that is loaded dense, in place -> (the plan as it was carried out, linear ->
-    relative error of its weight, or with rows of its output). Without rows each linear is made from its weight alone.
+    relative error of its weight; of its output on the rows, where a linear of the plan is made on rows).
 
     ConfigError when the plan needs rows and there are fewer than 128 tokens of them.
     """
-    needed = int4_method != "round" or any(scheme.needs_calibration for scheme in plan.schemes.values())
-    if not needed:
-        return plan, _from_weights(base.model, plan, on_progress)
-    work = _Work(base.model, plan, int4_method, on_progress)
-    with torch.no_grad():
-        work.run(_checked(rows), lambda names: {n: base.model.get_submodule(n).weight for n in names})  # pyright: ignore
-    return work.carried_out(), work.errors
+    return quantize_layers(LayerWalk(base.model), plan, rows, int4_method=int4_method, on_progress=on_progress)
 
 
 def quantize_source(
     path: Path, compute: Compute, plan_of: Callable[[CausalLM], Plan], rows_of: Callable[[Tokenizer], Rows], *,
     int4_method: str = "round", on_progress: OnProgress | None = None,
-) -> tuple[Base, Plan, dict[str, float]]:  # fmt: skip
+) -> tuple[Base, Plan, Errors]:  # fmt: skip
     """As `quantize_model`, of a file: each layer is read when its turn comes, so the dense model never exists. The base
     that is returned has the dense file's fingerprint.
     """
-    done: list[_Work] = []
+
+    def work(walk: LayerWalk, tokenizer: Tokenizer) -> tuple[Plan, Errors]:
+        plan = plan_of(walk.model)
+        return quantize_layers(walk, plan, rows_of(tokenizer), int4_method=int4_method, on_progress=on_progress)
+
+    base, (plan, errors) = walk_source(path, compute, work)
+    return base, plan, errors
+
+
+def walk_source(path: Path, compute: Compute, work: Callable[[LayerWalk, Tokenizer], Result]) -> tuple[Base, Result]:
+    """``work`` on the layers of a file, read when their turn comes; it must leave every layer filled. The base has the
+    dense file's fingerprint.
+    """
+    results: list[Result] = []
 
     def fill(source: Source, model: CausalLM, dtype: torch.dtype, device: torch.device) -> None:
-        prefixes = [f"{prefix}." for prefix in _layer_names(model)]
-        outside = [n for n, _ in model.named_parameters() if not n.startswith(tuple(prefixes))]
-        read_weights(source, model, dtype, device, outside)
-        work = _Work(model, plan_of(model), int4_method, on_progress)
-        done.append(work)
+        results.append(work(LayerWalk(model, source, dtype, device), load_tokenizer(source)))
 
-        def read_layer(index: int) -> None:
-            inside = [n for n, _ in model.named_parameters() if n.startswith(prefixes[index])]
-            read_weights(source, model, dtype, device, inside)
-
-        def weights(names: Sequence[str]) -> Mapping[str, torch.Tensor]:
-            return {
-                name: source.read(f"{name}.weight").to(device) for name in names
-            }  # as stored: the model's is rounded
-
-        with torch.no_grad():
-            work.run(_checked(rows_of(load_tokenizer(source))), weights, read_layer)
-
-    base = load_base(str(path), compute, fill=fill)
-    return base, done[0].carried_out(), done[0].errors
+    return load_base(str(path), compute, fill=fill), results[0]
 
 
-def _checked(rows: Rows) -> Rows:
-    count = sum(map(len, rows))
-    if count < LEAST_TOKENS:
-        raise ConfigError(
-            f"{count} tokens to calibrate on", field="calibration_data", expected=f"at least {LEAST_TOKENS} tokens"
-        )
-    return rows
+def made_on_rows(scheme: Scheme, int4_method: str) -> bool:
+    """Whether a linear of this scheme is made from what it sees."""
+    return scheme.needs_calibration or (isinstance(scheme, Int4) and int4_method != "round")
 
 
-def _from_weights(model: CausalLM, plan: Plan, on_progress: OnProgress | None) -> dict[str, float]:
-    errors = {}
-    for number, (name, scheme) in enumerate(plan.schemes.items()):
-        dense: Any = model.get_submodule(name)
-        packed = QuantizedLinear.from_dense(dense, scheme, name=name)
-        errors[name] = packed.relative_error(dense.weight.detach())
-        _put(model, name, packed)
+def quantize_layers(
+    walk: LayerWalk, plan: Plan, rows: Rows, *, int4_method: str = "round", on_progress: OnProgress | None = None
+) -> tuple[Plan, Errors]:
+    """As `quantize_model`, layer by layer; every layer is filled afterwards."""
+    streams: list[Stream] = []
+    if any(made_on_rows(scheme, int4_method) for scheme in plan.schemes.values()):
+        check_rows(rows)
+        streams = walk.streams(rows)
+    return pass_quantizing(walk, plan, streams, int4_method=int4_method, on_progress=on_progress)
+
+
+@torch.no_grad()
+def pass_quantizing(
+    walk: LayerWalk, plan: Plan, streams: Sequence[Stream], *, int4_method: str = "round",
+    on_progress: OnProgress | None = None,
+) -> tuple[Plan, Errors]:  # fmt: skip
+    """Quantize the linears of each layer, then put the streams through it. Without streams linears are made of their
+    weights alone.
+    """
+    assert int4_method in METHODS, int4_method
+    work = _Work(walk, dict(plan.schemes), int4_method)
+    for index in range(len(walk)):
+        started = time.perf_counter()
+        walk.fill(index)
+        names = walk.inside(index, list(plan.schemes))
+        work.quantize(names, walk.inputs(index, names, streams) if streams and names else {})
+        walk.advance(index, streams)
         if on_progress is not None:
-            on_progress(number + 1, len(plan.schemes), name)
-    return errors
+            on_progress(index + 1, len(walk), work.said_of(index, names, time.perf_counter() - started))
+    heads = walk.outside(list(plan.schemes))
+    seen = [walk.model.final_norm(stream.x_TD) for stream in streams] if heads else []
+    work.quantize(heads, dict.fromkeys(heads, seen) if streams else {})
+    return Plan(work.schemes), work.errors
 
 
-def _put(model: CausalLM, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def _layer_names(model: CausalLM) -> list[str]:
-    names = {id(module): name for name, module in model.named_modules()}
-    return [names[id(layer)] for layer in model.layers]
-
-
-@dataclass
-class _Stream:
-    """Some of the rows on their way: activations in front of the next layer, and what each layer gets besides."""
-
-    x_TD: torch.Tensor
-    context: list[tuple[Any, ...]] = field(default_factory=list)
-
-
-class _Capture(nn.Module):
-    """Stands in a layer's place and notes what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Any, ...]] = []
-
-    def forward(self, x_TD: torch.Tensor, *context: Any) -> torch.Tensor:
-        self.seen.append((x_TD, context))
-        return x_TD
+def quantized_parts(
+    scheme: Scheme, weight_OI: torch.Tensor, inputs: Inputs, int4_method: str, hessian_II: torch.Tensor | None, *,
+    name: str,
+) -> tuple[Scheme, dict[str, torch.Tensor]]:  # fmt: skip
+    """(the scheme as it was carried out, parts) of a linear. ``hessian_II``: of the inputs, where they are needed."""
+    if hessian_II is not None and isinstance(scheme, Int4):
+        if int4_method == "gptq":
+            return scheme, gptq(weight_OI, hessian_II, scheme, name=name)
+        return awq(weight_OI, hessian_II, mean_magnitude(inputs), scheme, name=name)
+    if scheme.needs_calibration:
+        return scheme, scheme.quantize_calibrated(weight_OI, inputs, name=name)
+    return scheme, scheme.quantize(weight_OI, name=name)
 
 
 class _Work:
-    """One quantization of one model. errors: linear -> relative error of its output on the rows."""
+    """Makes linears. schemes: as they were carried out (AWQ adds input scales). errors: linear -> relative error."""
 
-    def __init__(self, model: CausalLM, plan: Plan, int4_method: str, on_progress: OnProgress | None) -> None:
-        assert int4_method in METHODS, int4_method
-        self.model, self.plan, self.int4_method, self.on_progress = model, plan, int4_method, on_progress
-        self.schemes = dict(plan.schemes)
-        self.errors: dict[str, float] = {}
+    def __init__(self, walk: LayerWalk, schemes: dict[str, Scheme], int4_method: str) -> None:
+        self.walk, self.schemes, self.int4_method = walk, schemes, int4_method
+        self.errors: Errors = {}
+        self.rounding_errors: Errors = {}  # of the linears that are made by gptq or awq, if they were rounded
 
-    def carried_out(self) -> Plan:
-        """The plan with what was decided on the way (AWQ's input scales)."""
-        return Plan(self.schemes)
+    def quantize(self, names: Sequence[str], seen: Mapping[str, Inputs]) -> None:
+        """Put quantized linears in the place of dense ones, one at a time; ``seen``: empty, or of each of them."""
+        last: Inputs = []
+        hessian_II: torch.Tensor | None = None
+        for name in names:
+            scheme, weight_OI, inputs = self.schemes[name], self.walk.weight(name), seen.get(name, [])
+            compensated = isinstance(scheme, Int4) and self.int4_method != "round"
+            if not compensated:
+                last, hessian_II = [], None
+            elif not (last and all(a is b for a, b in zip(last, inputs, strict=True))):
+                last, hessian_II = inputs, hessian(inputs)
+            made, parts = quantized_parts(scheme, weight_OI, inputs, self.int4_method, hessian_II, name=name)
+            packed = self._packed(name, made, parts)
+            if compensated:
+                rounded = self._packed(name, scheme, scheme.quantize(weight_OI, name=name))
+                self.rounding_errors[name] = output_error(rounded, weight_OI, inputs[0])
+            self.schemes[name] = made
+            self.errors[name] = (
+                output_error(packed, weight_OI, inputs[0]) if inputs else packed.relative_error(weight_OI)
+            )
+            self.walk.put(name, packed)
 
-    def run(
-        self, rows: Rows, weights: Callable[[Sequence[str]], Mapping[str, torch.Tensor]],
-        read_layer: Callable[[int], None] = lambda index: None,
-    ) -> None:  # fmt: skip
-        """``weights``: the dense weights of these linears; ``read_layer`` fills a layer that is empty."""
-        streams = self._streams(rows)
-        prefixes = [f"{name}." for name in _layer_names(self.model)]
-        for index, layer in enumerate(self.model.layers):
-            read_layer(index)
-            names = [name for name in self.schemes if name.startswith(prefixes[index])]
-            seen = self._inputs(layer, names, streams, index)
-            dense = weights(names)
-            for name in names:
-                _put(self.model, name, self._quantized(name, dense[name], seen[name]))
-            del seen, dense
-            for stream in streams:
-                stream.x_TD = layer(stream.x_TD, *stream.context[index])
-            if self.on_progress is not None:
-                self.on_progress(index + 1, len(prefixes), f"layer {index + 1}")
-        for name in [name for name in self.schemes if not name.startswith(tuple(prefixes))]:
-            self._head(name, streams, weights)
-
-    def _streams(self, rows: Rows) -> list[_Stream]:
-        """The rows as streams of about `STREAM_TOKENS`, embedded, with each layer's context."""
-        streams, pack = [], list[torch.Tensor]()
-        for place, row in enumerate(rows):
-            pack.append(row)
-            if sum(map(len, pack)) >= STREAM_TOKENS or place == len(rows) - 1:
-                streams.append(self._stream(pack))
-                pack = []
-        return streams
-
-    def _stream(self, pack: Sequence[torch.Tensor]) -> _Stream:
-        device = self.model.embeddings.weight.device
-        positions_T = torch.cat([torch.arange(len(row)) for row in pack]).to(device)
-        with _captured(self.model) as captures:
-            ids_T = torch.cat(list(pack)).to(device)
-            self.model.run_layers(self.model.embed(ids_T), positions_T, Packed([len(row) for row in pack]))
-        return _Stream(captures[0].seen[0][0], [capture.seen[0][1] for capture in captures])
-
-    def _inputs(
-        self, layer: nn.Module, names: Sequence[str], streams: Sequence[_Stream], index: int
-    ) -> dict[str, list[torch.Tensor]]:
-        """Linear -> what it sees in each stream; linears that share an input share its tensor."""
-        seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-
-        def note(name: str) -> Callable[..., None]:
-            return lambda _module, given: seen[name].append(given[0])
-
-        handles = [self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
-        try:
-            for stream in streams:
-                layer(stream.x_TD, *stream.context[index])
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
-
-    def _quantized(self, name: str, weight_OI: torch.Tensor, inputs: Sequence[torch.Tensor]) -> QuantizedLinear:
-        linear: Any = self.model.get_submodule(name)
-        scheme = self.schemes[name]
-        parts: dict[str, torch.Tensor]
-        if isinstance(scheme, Int4) and self.int4_method == "gptq":
-            parts = gptq(weight_OI, hessian(inputs), scheme, name=name)
-            if scheme.input_scales:
-                parts["input_scales"] = torch.ones(weight_OI.shape[1])
-        elif isinstance(scheme, Int4) and self.int4_method == "awq":
-            magnitude_I = torch.stack([chunk.float().abs().mean(0) for chunk in inputs]).mean(0)
-            scheme, parts = awq(weight_OI, hessian(inputs), magnitude_I, scheme, name=name)
-            self.schemes[name] = scheme
-        else:
-            parts = scheme.quantize_calibrated(weight_OI, inputs, name=name)
+    def _packed(self, name: str, scheme: Scheme, parts: dict[str, torch.Tensor]) -> QuantizedLinear:
+        linear: Any = self.walk.model.get_submodule(name)
         packed = QuantizedLinear(
-            linear.in_features, linear.out_features, scheme, dtype=linear.weight.dtype, bias=linear.bias,
-            device=weight_OI.device,
-        )  # fmt: skip
+            linear.in_features, linear.out_features, scheme, dtype=linear.weight.dtype, bias=linear.bias
+        )
         packed.set_parts(parts)
-        self.errors[name] = _output_error(packed, weight_OI, inputs[0])
         return packed
 
-    def _head(
-        self, name: str, streams: Sequence[_Stream], weights: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
-    ) -> None:
-        """A linear behind the last layer (lm_head), where a plan names one."""
-        inputs = [self.model.final_norm(stream.x_TD) for stream in streams]
-        _put(self.model, name, self._quantized(name, weights([name])[name], inputs))
+    def said_of(self, index: int, names: Sequence[str], seconds: float) -> str:
+        """``layer 3, 1.2 s, error 4.1% (rounded: 6.3%)``, the means over its linears."""
+        text = f"layer {index + 1}, {seconds:.1f} s"
+        if names:
+            text += f", error {sum(self.errors[name] for name in names) / len(names):.1%}"
+        if compensated := [name for name in names if name in self.rounding_errors]:
+            text += f" (rounded: {sum(self.rounding_errors[name] for name in compensated) / len(compensated):.1%})"
+        return text
 
 
-def _output_error(packed: QuantizedLinear, weight_OI: torch.Tensor, x_TI: torch.Tensor) -> float:
-    """Norm of the outputs' change over the outputs' norm, on one stream."""
+def output_error(packed: QuantizedLinear, weight_OI: torch.Tensor, x_TI: torch.Tensor) -> float:
+    """Norm of what quantizing changed of the outputs, over the outputs' norm."""
     exact_TO = x_TI.float() @ weight_OI.float().t()
     made_TO = packed.scheme.apply(x_TI.float(), packed.stored_parts(), packed.shape)
     return float((made_TO - exact_TO).norm() / exact_TO.norm().clamp_min(torch.finfo(torch.float32).tiny))
-
-
-@contextmanager
-def _captured(model: CausalLM) -> Iterator[list[_Capture]]:
-    """The model with a `_Capture` in the place of each layer."""
-    layers: Any = model.layers
-    own, captures = list(layers), [_Capture() for _ in layers]
-    try:
-        for index, capture in enumerate(captures):
-            layers[index] = capture
-        yield captures
-    finally:
-        for index, layer in enumerate(own):
-            layers[index] = layer

