@@ -18,6 +18,7 @@ from alpaca_lora.kernels.tiled import tiled_linear
 TINY = 1e-38  # a block whose largest magnitude is smaller counts as it: its reciprocal is finite
 LARGEST_INVERSE = 1.1e38  # reached where denormal numbers, which TINY is, count as zero
 CHUNK_ELEMENTS = 2**20  # made at a time in plain torch: temporaries of 4 MB each
+PIECE_ELEMENTS = 2**17  # decoded at a time in plain torch: temporaries that the cache holds
 # through 4096 x 4096 on one core, 1, 4 tokens take 0.8, 1.2 ms so, 2.6 through tiles, 2.0 as dense bfloat16; 8 twice so
 # take as long as through tiles
 FEW_TOKENS = 4
@@ -117,32 +118,51 @@ def decode_plain(
     packed: torch.Tensor, table: torch.Tensor, scales: BlockScales, zeros: torch.Tensor | None,
     shape: tuple[int, int], block_size: int, rows: slice, columns: slice, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """As `decode_four_bit`, in torch alone. Whole blocks are decoded, of whole rows unless they lie within columns."""
-    in_features = shape[1]
+    """As `decode_four_bit`, in torch alone, some rows at a time."""
     # one look-up for each byte: both of its values at once, as a whole number that is never computed with
     pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1).view(torch.int64).view(-1)
-    if in_features % block_size == 0 and columns.start % block_size == 0 and columns.stop % block_size == 0:
-        bytes_OI = packed.view(shape[0], -1)[rows, columns.start // 2 : columns.stop // 2]
-        values = pairs.index_select(0, bytes_OI.reshape(-1).int()).view(torch.float32)
-        blocks, num_rows = in_features // block_size, rows.stop - rows.start
-        within = slice(columns.start // block_size, columns.stop // block_size)
-        first, last = rows.start * blocks, rows.stop * blocks
-        some_scales = scales.expanded(first, last).view(num_rows, blocks)[:, within]
-        some_zeros = None if zeros is None else zeros[first:last].view(num_rows, blocks)[:, within]
-        values = _scaled(values.view(num_rows, -1, block_size), some_scales, some_zeros)
-        return values.to(dtype).view(num_rows, -1)
-    first, last = rows.start * in_features, rows.stop * in_features  # elements of the flat matrix
+    num_columns = columns.stop - columns.start
+    out_OI = torch.empty(rows.stop - rows.start, num_columns, dtype=dtype, device=packed.device)
+    fits = all(place % block_size == 0 for place in (shape[1], columns.start, columns.stop))
+    decode = _decode_within if fits else _decode_across
+    step = max(1, PIECE_ELEMENTS // (num_columns if fits else shape[1]))
+    for start in range(rows.start, rows.stop, step):
+        some = slice(start, min(start + step, rows.stop))
+        out_OI[start - rows.start :][:step] = decode(packed, pairs, scales, zeros, shape, block_size, some, columns)
+    return out_OI
+
+
+def _decode_within(
+    packed: torch.Tensor, pairs: torch.Tensor, scales: BlockScales, zeros: torch.Tensor | None,
+    shape: tuple[int, int], block_size: int, rows: slice, columns: slice,
+) -> torch.Tensor:  # fmt: skip
+    """float32 W[rows, columns], where rows and columns consist of whole blocks."""
+    bytes_OI = packed.view(shape[0], -1)[rows, columns.start // 2 : columns.stop // 2]
+    values = pairs.index_select(0, bytes_OI.reshape(-1).int()).view(torch.float32)
+    blocks, num_rows = shape[1] // block_size, rows.stop - rows.start
+    within = slice(columns.start // block_size, columns.stop // block_size)
+    first, last = rows.start * blocks, rows.stop * blocks
+    some_scales = scales.expanded(first, last).view(num_rows, blocks)[:, within]
+    some_zeros = None if zeros is None else zeros[first:last].view(num_rows, blocks)[:, within]
+    return _scaled(values.view(num_rows, -1, block_size), some_scales, some_zeros).view(num_rows, -1)
+
+
+def _decode_across(
+    packed: torch.Tensor, pairs: torch.Tensor, scales: BlockScales, zeros: torch.Tensor | None,
+    shape: tuple[int, int], block_size: int, rows: slice, columns: slice,
+) -> torch.Tensor:  # fmt: skip
+    """float32 W[rows, columns]: whole rows, with all of the blocks that they touch."""
+    first, last = rows.start * shape[1], rows.stop * shape[1]  # elements of the flat matrix
     start_block, end_block = first // block_size, -(-last // block_size)
-    start, end = start_block * block_size, min(end_block * block_size, shape[0] * in_features)
+    start, end = start_block * block_size, min(end_block * block_size, shape[0] * shape[1])
     values = pairs.index_select(0, packed[start // 2 : -(-end // 2)].int()).view(torch.float32)
     values = values[start % 2 :][: end - start]
     padding = (end_block - start_block) * block_size - values.numel()
     if padding:
         values = torch.cat((values, values.new_zeros(padding)))
     some_zeros = None if zeros is None else zeros[start_block:end_block]
-    values = _scaled(values.view(-1, block_size), scales.expanded(start_block, end_block), some_zeros)
-    whole = values.view(-1)[first - start : last - start].view(-1, in_features)
-    return whole[:, columns].to(dtype).contiguous()
+    values = _scaled(values.reshape(-1, block_size), scales.expanded(start_block, end_block), some_zeros)
+    return values.view(-1)[first - start : last - start].view(-1, shape[1])[:, columns]
 
 
 def _scaled(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
