@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 
 from alpaca_lora.errors import ConfigError
-from alpaca_lora.kernels.four_bit import BlockScales, decode_four_bit, pack_codes
+from alpaca_lora.kernels.four_bit import BlockScales, decode_four_bit, multiply_few, pack_codes
 from alpaca_lora.kernels.tiled import constant_columns, tiled_linear
 from alpaca_lora.quantization.scheme import Part, Parts, Scheme, by_rows
 
@@ -104,12 +104,18 @@ class Int4(Scheme):
         return parts
 
     def apply(self, x_TI: torch.Tensor, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
-        if not self.input_scales:
-            return super().apply(x_TI, parts, shape)
-        # dividing the inputs costs T in, dividing the weight out in
-        divided_TI = constant_columns(x_TI, parts["input_scales"].reciprocal())
+        if self.input_scales:  # dividing the inputs costs T in, dividing the weight out in
+            x_TI = constant_columns(x_TI, parts["input_scales"].reciprocal())
+        dtype = x_TI.dtype  # what the functions hold lives until backward: not the activations
+        table = _table(self.symmetric).to(x_TI.device)
+
+        def few(some_TI: torch.Tensor) -> torch.Tensor | None:
+            zeros = None if self.symmetric else parts["zeros"].view(-1)
+            scales = BlockScales(parts["scales"].view(-1))
+            return multiply_few(some_TI, parts["codes"], table, scales, zeros, shape, self.group_size)
+
         return tiled_linear(
-            divided_TI, lambda rows, columns: self._decoded(parts, shape, rows, columns, x_TI.dtype), shape[0]
+            x_TI, lambda rows, columns: self._decoded(parts, shape, rows, columns, dtype), shape[0], few
         )
 
     def tile(
@@ -125,12 +131,12 @@ class Int4(Scheme):
     ) -> torch.Tensor:
         """(codes - zero) scale of a tile, without the input scales."""
         # whole rows of groups: what is decoded shares its first row with the scales that are handed over
-        scales = parts["scales"][rows].float().view(-1)
-        zeros = torch.full_like(scales, MIDDLE) if self.symmetric else parts["zeros"][rows].float().view(-1)
+        scales = BlockScales(parts["scales"][rows].view(-1))
+        zeros = None if self.symmetric else parts["zeros"][rows].view(-1)
         row_bytes, count = shape[1] // 2, rows.stop - rows.start
         codes = parts["codes"][rows.start * row_bytes : rows.stop * row_bytes]
         return decode_four_bit(
-            codes, _table().to(codes.device), BlockScales(scales), zeros, (count, shape[1]), self.group_size,
+            codes, _table(self.symmetric).to(codes.device), scales, zeros, (count, shape[1]), self.group_size,
             slice(0, count), columns, dtype,
         )  # fmt: skip
 
@@ -142,6 +148,6 @@ def _stored(scale: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _table() -> torch.Tensor:
-    """float32 (16,): a code is its own value."""
-    return torch.arange(16, dtype=torch.float32)
+def _table(symmetric: bool) -> torch.Tensor:
+    """float32 (16,): a code is its own value, less the zero point where that is the same everywhere."""
+    return torch.arange(16, dtype=torch.float32) - (MIDDLE if symmetric else 0)
