@@ -6,6 +6,7 @@ rows (calibrated schemes, gptq, awq); in memory, where an adapter is folded in o
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -47,7 +48,7 @@ from alpaca_lora.quantization.calibrate import quantize_model, quantize_source
 from alpaca_lora.quantization.folder import Origin, is_quantized, read_origin, write_quantized
 from alpaca_lora.quantization.linear import QuantizedLinear
 from alpaca_lora.quantization.load import by_rows, load_base, packed_fingerprint
-from alpaca_lora.quantization.mixed import mixed_plan
+from alpaca_lora.quantization.mixed import Budget, mixed_plan, quantize_source_mixed
 from alpaca_lora.quantization.plan import Plan, linear_shapes, scheme_settings
 from alpaca_lora.quantization.qat import fold
 from alpaca_lora.text.tokenizer import Tokenizer
@@ -160,10 +161,10 @@ def _write(config: QuantizeConfig, made: Made, fingerprint: str, dense_dtype: to
 
 
 def _make(config: QuantizeConfig, path: Path, compute: Compute, bar: Bar, console: Console) -> Made:
-    if config.lora_weights is not None or config.scheme == "mixed":
-        return _in_memory(config, compute, bar, console)
+    if config.lora_weights is not None:
+        return _with_adapter(config, config.lora_weights, compute, bar, console)
     if config.needs_calibration or (config.plan is not None and config.calibration_data is not None):
-        return _over_rows(config, path, compute, bar)
+        return _over_rows(config, path, compute, bar, console)
     return _from_weights(config, compute, bar)
 
 
@@ -217,48 +218,58 @@ def _refuse_missing_rows(plan: Plan) -> None:
         )  # fmt: skip
 
 
-def _over_rows(config: QuantizeConfig, path: Path, compute: Compute, bar: Bar) -> Made:
+def _over_rows(config: QuantizeConfig, path: Path, compute: Compute, bar: Bar, console: Console) -> Made:
     """Layer by layer: one dense layer at a time."""
     rows: list[torch.Tensor] = []
+    how: dict[str, Any] = {"int4_method": config.int4_method, "on_progress": bar}
 
     def rows_of(tokenizer: Tokenizer) -> list[torch.Tensor]:
         rows.extend(_rows(config, tokenizer))
         return rows
 
-    base, plan, errors = quantize_source(
-        path, compute, partial(_plan_of, config), rows_of, int4_method=config.int4_method, on_progress=bar
-    )
-    return Made(base, plan, _origin(config, base.fingerprint, rows), errors, errors_of="output")
+    if config.scheme == "mixed":
+        base, plan, errors, table = quantize_source_mixed(path, compute, _budget(config), rows_of, **how)
+        console.print(table)
+    else:
+        base, plan, errors = quantize_source(path, compute, partial(_plan_of, config), rows_of, **how)
+    return _made(config, base, plan, rows, errors)
 
 
-def _in_memory(config: QuantizeConfig, compute: Compute, bar: Bar, console: Console) -> Made:
-    """The whole model in float32, or as a quantization-aware run had it; an adapter on it; then its linears one by
-    one.
+def _budget(config: QuantizeConfig) -> Budget:
+    return Budget(config.bits, config.max_perplexity_increase)
+
+
+def _made(
+    config: QuantizeConfig, base: Base, plan: Plan, rows: list[torch.Tensor], errors: dict[str, float],
+    adapter: _Adapter | None = None,
+) -> Made:  # fmt: skip
+    """What came out of a dense base that may have been run on ``rows``."""
+    errors_of = "output" if by_rows(config.int4_method, plan) else "weight"
+    origin = _origin(config, base.fingerprint, rows, adapter.digest if adapter else "")
+    return Made(base, plan, origin, errors, errors_of, adapter.record if adapter else None)
+
+
+def _with_adapter(config: QuantizeConfig, folder: str, compute: Compute, bar: Bar, console: Console) -> Made:
+    """The whole model in float32, or as a quantization-aware run had it, with the adapter on it; then its linears one
+    by one.
     """
-    adapter = _Adapter.read(config)
-    base = load_base(config.base_model, replace(compute, dtype=adapter.dtype if adapter else torch.float32))
+    adapter = _Adapter.read(folder)
+    base = load_base(config.base_model, replace(compute, dtype=adapter.dtype))
     plan = _plan_of(config, base.model) if config.scheme != "mixed" else None
     rows = _rows(config, base.tokenizer)
-    digest = adapter.digest if adapter else ""
-    if adapter is not None:
-        adapter.put_on(base, plan, speaker(console))
-        if plan is not None and not by_rows(config.int4_method, plan) and adapter.lies_in(plan):
-            errors = fold(base.model, plan, on_progress=bar)
-            return Made(base, plan, _origin(config, base.fingerprint, [], digest), errors, record=adapter.record)
-        adapter.merge(base)
-    if plan is None:
-        plan, table = mixed_plan(
-            base, rows, bits=config.bits, max_perplexity_increase=config.max_perplexity_increase, on_progress=bar
-        )
-        console.print(table)
-    if not rows:
+    if plan is not None and not rows:
         _refuse_missing_rows(plan)
-    plan, errors = quantize_model(base, plan, rows, int4_method=config.int4_method, on_progress=bar)
-    made = Made(base, plan, _origin(config, base.fingerprint, rows, digest), errors)
-    return replace(
-        made, errors_of="output" if by_rows(config.int4_method, plan) else "weight",
-        record=adapter.record if adapter else None,
-    )  # fmt: skip
+    adapter.put_on(base, plan, speaker(console))
+    if plan is not None and not by_rows(config.int4_method, plan) and adapter.lies_in(plan):
+        return _made(config, base, plan, [], fold(base.model, plan, on_progress=bar), adapter)
+    adapter.merge(base)
+    how: dict[str, Any] = {"int4_method": config.int4_method, "on_progress": bar}
+    if plan is None:
+        budget: dict[str, Any] = dataclasses.asdict(_budget(config))
+        plan, table = mixed_plan(base, rows, **budget, **how)
+        console.print(table)
+    plan, errors = quantize_model(base, plan, rows, **how)
+    return _made(config, base, plan, rows, errors, adapter)
 
 
 @dataclass
@@ -272,12 +283,10 @@ class _Adapter:
     adapter: Adapter | None = None
 
     @classmethod
-    def read(cls, config: QuantizeConfig) -> _Adapter | None:
+    def read(cls, name: str) -> _Adapter:
         """What needs no model is judged before one is loaded."""
-        if config.lora_weights is None:
-            return None
-        require_mergeable(config.lora_weights)
-        folder = Path(config.lora_weights)
+        require_mergeable(name)
+        folder = Path(name)
         record = read_record(folder)
         trained_for = record.quantization_aware if record is not None else {}
         dtype = DTYPES.get(str(trained_for.get("dtype")), torch.float32)

@@ -15,6 +15,7 @@ from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.models.linear import Linear
 from alpaca_lora.models.load import Base, Source
 from alpaca_lora.models.load import load_base as load_dense
+from alpaca_lora.quantization.calibrate import made_on_rows
 from alpaca_lora.quantization.folder import Origin, check_stored, is_quantized, read_plan
 from alpaca_lora.quantization.linear import OnRead, QuantizedLinear
 from alpaca_lora.quantization.plan import Plan, linear_shapes
@@ -93,7 +94,7 @@ def replace_module(model: CausalLM, name: str, module: torch.nn.Module) -> None:
 
 def by_rows(int4_method: str, plan: Plan) -> bool:
     """Whether the weights that a plan makes depend on calibration rows."""
-    return int4_method != "round" or plan.made_on_rows() is not None
+    return any(made_on_rows(scheme, int4_method) for scheme in plan.schemes.values())
 
 
 def packed_fingerprint(origin: Origin, plan: Plan) -> str:

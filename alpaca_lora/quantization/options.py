@@ -96,7 +96,7 @@ class QuantizeOptions(SchemeOptions):
         None, min_length=1, description="adapter folder to fold into the weights first, in float32"
     )
     observer: Literal["minmax", "percentile", "mse"] | None = Field(
-        None, description="int8_static: how the range of the activations is found on the calibration rows"
+        None, description="int8_static: how the range of the activations is found on the calibration rows (mse)"
     )
     percentile: float | None = Field(None, gt=50, le=100, description="int8_static with observer percentile (99.9)")
     int4_method: Literal["round", "gptq", "awq"] = Field(

@@ -157,6 +157,38 @@ def test_an_adapter_is_folded_in_first(program: Program, trained: Path) -> None:
     assert (folder / "alpaca_lora.json").is_file() and not (program.folder / "plain" / "alpaca_lora.json").exists()
 
 
+@pytest.mark.parametrize("method", ["dora", "pissa", "adalora", "ia3", "freeze", "bitfit", "full"])
+def test_adapters_of_every_kind_are_folded_in(program: Program, method: str) -> None:
+    rank = {} if method in ("dora", "pissa", "adalora") else {"lora_r": None}
+    learning_rate = {"learning_rate": 0.5 if method == "ia3" else 0.01}
+    assert program("finetune", method=method, **rank, **learning_rate).code == 0
+    done = program("quantize", scheme="int8", lora_weights=program.folder / "out", dtype="float32")
+    assert done.code == 0, done.err
+    assert program("merge", lora_weights=program.folder / "out", dtype="float32").code == 0
+    merged, found = loaded(program.folder / "merged", quantize="int8"), loaded(program.folder / "quantized")
+    assert equal(codes(merged), codes(found))
+    assert torch.equal(our_logits(merged.model), our_logits(found.model))
+
+
+def test_an_adapter_outside_of_the_plan_is_merged(program: Program, trained: Path, text: Path) -> None:
+    """Where linears that it changes stay dense, and where rows are needed."""
+    plan = program.folder / "plan.yml"
+    plan.write_text("plan:\n- {modules: [k_proj, q_proj], scheme: int8}\n")  # the adapter is on q and v
+    assert program("quantize", plan=plan, lora_weights=trained, dtype="float32").code == 0
+    assert program("merge", lora_weights=trained, dtype="float32").code == 0
+    found = loaded(program.folder / "quantized")
+    expected = loaded(program.folder / "merged", plan_of=lambda model: Plan.from_file(model, plan))
+    assert torch.equal(our_logits(found.model), our_logits(expected.model))
+    for name, more in (("static", {"scheme": "int8_static"}), ("mixed", {"scheme": "mixed", "bits": 7})):
+        more: dict[str, Any] = {**more, "calibration_data": text, "calibration_tokens": 300}
+        made = [
+            program("quantize", **more, output_dir=program.folder / f"{name}-folded", lora_weights=trained),
+            program("quantize", **more, output_dir=program.folder / name, base_model=program.folder / "merged"),
+        ]
+        assert [done.code for done in made] == [0, 0], made[0].err
+        assert made[0].result["mean_error"] == pytest.approx(made[1].result["mean_error"], rel=0.05)
+
+
 def test_a_quantization_aware_adapter_is_folded_as_it_was_trained(program: Program) -> None:
     tuned = program("finetune", quantization_aware="int4", group_size=16, dtype="bfloat16")
     assert tuned.code == 0, tuned.err
