@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from alpaca_lora.adapters.record import RECORD_NAME, read_record
+from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord, read_record
 from alpaca_lora.device import Compute
+from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.models.load import Base
 from alpaca_lora.quantization.folder import is_quantized
 from alpaca_lora.quantization.load import load_base
@@ -45,6 +46,14 @@ def open_base(
             say("the base is quantized as the adapter was trained on it")
             plan_of = partial(Plan.from_entries, entries=entries, file=Path(lora_weights) / RECORD_NAME)
     return load_base(asked.base_model, compute, quantize=asked.quantize, plan_of=plan_of)
+
+
+def trained_for(record: AdapterRecord | None, model: CausalLM) -> Plan | None:
+    """The plan that a quantization-aware run trained for, of a dense base without its adapter; None for other runs."""
+    if record is None or not record.quantization_aware:
+        return None
+    asked = record.quantization_aware
+    return Plan.uniform(model, str(asked["scheme"]), asked.get("settings"))
 
 
 def trained_on(lora_weights: str) -> list[Any]:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from alpaca_lora.adapters.peft_format import load_adapter
 from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord, read_record
-from alpaca_lora.commands.base_model import open_base
+from alpaca_lora.commands.base_model import open_base, trained_for
 from alpaca_lora.commands.chat import Chat
 from alpaca_lora.commands.label import Labeller, label_texts
 from alpaca_lora.commands.schemas import GenerateConfig
@@ -28,6 +28,7 @@ from alpaca_lora.inference.engine import Engine
 from alpaca_lora.inference.prompts import PromptFormat
 from alpaca_lora.inference.request import Completion, SamplingParams
 from alpaca_lora.models.load import Base
+from alpaca_lora.quantization.qat import fold
 from alpaca_lora.text.messages import Conversation, Message
 from alpaca_lora.text.templates import load_template
 
@@ -149,11 +150,15 @@ def _prompt_format(config: GenerateConfig, base: Base, record: AdapterRecord | N
 
 
 def _load_adapter(folder: str, base: Base, console: Console) -> AdapterRecord | None:
+    plan = trained_for(read_record(Path(folder)) if Path(folder).is_dir() else None, base.model)
     adapter, record = load_adapter(folder, base.model, base_fingerprint=base.fingerprint)
     for message in getattr(adapter, "messages", ()):
         _note(console, message)
     rank = adapter.config.get("r")
-    _note(console, f"adapter: {folder} ({adapter.method}{f', rank {rank}' if rank else ''}), not merged")
+    how = "not merged" if plan is None else "folded in and quantized, as it was trained"
+    _note(console, f"adapter: {folder} ({adapter.method}{f', rank {rank}' if rank else ''}), {how}")
+    if plan is not None:
+        fold(base.model, plan)
     if record is None and base.model.score is None:
         _note(console, "the adapter folder has no alpaca_lora.json: the template it was trained with is not known")
     return record

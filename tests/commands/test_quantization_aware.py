@@ -63,6 +63,18 @@ def test_the_quantized_folder_is_the_model_that_was_trained(program: Program, me
     assert not torch.equal(logits(served.model), as_trained(program, dtype, quantized=False))
 
 
+def test_generate_answers_from_the_weights_that_were_trained(program: Program) -> None:
+    trained = program("finetune", **{**AWARE, "max_steps": 4, "learning_rate": 0.05})
+    assert trained.code == 0, trained.err
+    asked: dict[str, Any] = {"prompt": "Say the number 3", "max_new_tokens": 12, "temperature": 0}
+    served = program("generate", lora_weights=program.folder / "out", **asked)
+    assert served.code == 0 and "folded in and quantized, as it was trained" in served.err
+    made = program("quantize", lora_weights=program.folder / "out", scheme="int4", group_size=16, dtype="float32")
+    assert made.code == 0, made.err
+    folder = program("generate", base_model=program.folder / "quantized", **asked)
+    assert served.result["text"] == folder.result["text"] != ""
+
+
 def test_another_form_is_said(program: Program) -> None:
     program("finetune", **AWARE)
     done = program("quantize", lora_weights=program.folder / "out", scheme="int8")
