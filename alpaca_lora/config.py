@@ -206,7 +206,11 @@ def _known_flags(schema: type[Options], argv: list[str], command: str, problems:
     for flag in flags.values():
         field = schema.model_fields.get(flag.key)
         positive = flag.key.removeprefix("no_")
-        if field is None and positive in schema.model_fields and schema.model_fields[positive].annotation is bool:
+        if (
+            field is None
+            and positive in schema.model_fields
+            and bool in _members(schema.model_fields[positive].annotation)
+        ):
             if positive in flags:
                 problems.append(ConfigError(f"given together with --{flag.key}", field=f"--{positive}", fix="keep one"))
             known[positive] = Flag(positive, flag.words, flag.times, negated=True)

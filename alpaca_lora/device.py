@@ -5,6 +5,7 @@ Knows nothing of models. Everything is asked when a function is called and hande
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import sys
@@ -23,6 +24,10 @@ FAST_BF16_FLAGS = (
     "avx512_bf16",
 )  # processors with neither convert to float32 and back, slower than float32
 _SYSTEM_ROOT = Path("/")
+# glibc's mallopt: number of the setting, value. Tensors of 8 MiB and more get memory of their own and give it back
+# when they are freed; left to itself glibc raises that limit to 32 MiB and keeps them in a heap full of holes. Four
+# layers of LLaMA-7B at 1024 tokens took 550 MB above their weights so, and 1,005 MB without, in the same time
+MALLOC_SETTINGS = ((-3, 8 << 20), (-1, 64 << 20))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,19 @@ def pick_compute(device: str = "auto", dtype: str = "auto", num_threads: int = 0
     torch.set_num_threads(threads)
     # denormals in Adam's second moments slow a step down several times and change no result that matters
     torch.set_flush_denormal(True)
+    give_freed_memory_back()
     return Compute(chosen, picked, threads, f"{device_reason}; {dtype_reason}; {threads_reason}")
+
+
+def give_freed_memory_back() -> bool:
+    """Have large tensors return their memory to the system once they are freed; False where the C library is not
+    glibc, which alone is asked.
+    """
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        return all(library.mallopt(setting, value) == 1 for setting, value in MALLOC_SETTINGS)
+    except (OSError, AttributeError):
+        return False
 
 
 def seed_everything(seed: int) -> None:

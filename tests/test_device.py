@@ -25,6 +25,29 @@ def keep_threads():
     torch.set_num_threads(before)
 
 
+def test_large_tensors_give_their_memory_back():
+    if not device.give_freed_memory_back():
+        pytest.skip("the C library is not glibc")
+    before = device.current_memory_bytes()
+    kept = []
+    for _ in range(8):  # small ones in between keep a heap from shrinking
+        large = torch.ones(12 * MIB, dtype=torch.uint8)
+        kept.append(torch.ones(MIB // 16, dtype=torch.uint8))
+        del large
+    held = [torch.ones(12 * MIB, dtype=torch.uint8) for _ in range(8)]
+    assert device.current_memory_bytes() - before > 90 * MIB
+    del held
+    assert device.current_memory_bytes() - before < 8 * MIB
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(device.ctypes, "CDLL", missing)
+    assert not device.give_freed_memory_back()
+
+
 def write(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         path = root / name

@@ -18,6 +18,7 @@ from alpaca_lora.data.preview import length_histogram, row_panel, spread_rows
 from alpaca_lora.device import peak_memory_bytes
 from alpaca_lora.home import home
 from alpaca_lora.quantization.plan import scheme_settings
+from alpaca_lora.training.activation_levels import describe
 from alpaca_lora.training.preflight import Probe, check_fits, longest_batch, memory_limit, probe
 from alpaca_lora.training.probe_cache import ProbeCache
 from alpaca_lora.training.schedule import total_steps
@@ -80,9 +81,13 @@ def _pad_is_eos(job: Job) -> bool:
 def measure(job: Job, signals: SignalFlag, *, measure_anew: bool) -> tuple[Probe, bool]:
     """The probe, and whether it is one of an earlier run."""
     cache = ProbeCache(home() / "probes", facts(job))
-    known = None if measure_anew else cache.recall()
+    known, limit = None if measure_anew else cache.recall(), memory_limit(job.config, job.compute.device)
+    if known is not None and known.levels and known.needed_bytes > limit:
+        known = None  # chosen for more memory than there is today
     if known is not None:
-        check_fits(known, memory_limit(job.config, job.compute.device), job.config)
+        check_fits(known, limit, job.config)
+        if known.levels:
+            job.base.model.gradient_checkpointing = known.levels
         return known, True
     measured = probe(
         job.base.model, job.adapter, job.loss, job.prepared.train, job.config, device=job.compute.device,
@@ -102,6 +107,8 @@ def facts(job: Job) -> dict[str, Any]:
         "method": config.method, "trained": trained, "adapter": job.adapter.config,
         "lengths": list(batch.lengths),
         "labels": batch.num_supervised, "gradient_checkpointing": config.gradient_checkpointing,
+        "optimizer_state": config.optimizer_state,
+        "max_memory_gb": config.max_memory_gb if config.gradient_checkpointing == "auto" else None,
         "machine": [platform.node(), platform.processor(), str(job.compute.device), job.compute.num_threads],
         "reason": job.compute.reason, "torch": torch.__version__, "version": __version__,
     }  # fmt: skip
@@ -144,6 +151,7 @@ def probe_table(job: Job, measured: Probe, figures: dict[str, Any], *, recalled:
         ("steps", f"{figures['steps']:,} of {job.config.batch_size} rows ({figures['epochs']:g} epochs)"),
         ("longest micro-batch", f"{measured.num_tokens:,} tokens, longest row {measured.longest_row:,}"),
         ("memory", f"{measured.needed_bytes / 2**30:.2f} GiB at its peak, {limit / 2**30:.2f} GiB may be taken"),
+        *([("made again in backward", describe(measured.levels))] if measured.levels else []),
         ("speed", f"{measured.tokens_per_second:,.0f} tokens/s"),
         ("time", f"about {hours}:{minutes:02}:{seconds:02}, evaluation included"),
     ]

@@ -18,10 +18,13 @@ class _RmsNorm(torch.autograd.Function):
         rstd_T1 = rstd_T1.div_(x_TD.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_TD, weight_D, rstd_T1)
         ctx.offset = offset
-        if offset:
-            return (wide_TD * rstd_T1).mul_(weight_D.float() + offset).to(x_TD.dtype)
-        # the definition rounds to x's dtype before the weight; so do we
-        return (wide_TD * rstd_T1).to(x_TD.dtype).mul_(weight_D)
+        return _scaled(wide_TD, weight_D, rstd_T1, offset, x_TD.dtype)
+
+    @staticmethod
+    def remake(ctx: Any) -> torch.Tensor:
+        """The output once more, bit for bit, from what is kept (models/recompute.py)."""
+        x_TD, weight_D, rstd_T1 = ctx.saved_tensors
+        return _scaled(x_TD, weight_D, rstd_T1, ctx.offset, x_TD.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_TD: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -36,6 +39,16 @@ class _RmsNorm(torch.autograd.Function):
             mean_T1 = torch.linalg.vecdot(scaled_TD, normal_TD).div_(x_TD.shape[-1]).unsqueeze_(-1)
             dx_TD = scaled_TD.sub_(normal_TD.mul_(mean_T1)).mul_(rstd_T1).to(x_TD.dtype)
         return dx_TD, dw_D, None, None
+
+
+def _scaled(
+    x_TD: torch.Tensor, weight_D: torch.Tensor, rstd_T1: torch.Tensor, offset: float, dtype: torch.dtype
+) -> torch.Tensor:
+    normal_TD = x_TD * rstd_T1  # float32 by promotion
+    if offset:
+        return normal_TD.mul_(weight_D.float() + offset).to(dtype)
+    # the definition rounds to x's dtype before the weight; so do we
+    return normal_TD.to(dtype).mul_(weight_D)
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:

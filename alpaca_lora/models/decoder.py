@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from alpaca_lora.models.attention import AttentionPlan, Prefix
 from alpaca_lora.models.config import ModelConfig
 from alpaca_lora.models.layers import MLP, Attention, Device, Embedding, RMSNorm, Rotation
 from alpaca_lora.models.linear import Linear, PackedLinear
+from alpaca_lora.models.recompute import Level, made_again, rerun
 from alpaca_lora.models.rope import Rope
 
 
@@ -36,8 +36,17 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = width_norm(config, dtype, device)
         self.post_attention_layernorm = width_norm(config, dtype, device)
 
-    def forward(self, x_TD: torch.Tensor, rotation: Rotation, plan: AttentionPlan) -> torch.Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, plan)
+    def forward(
+        self, x_TD: torch.Tensor, rotation: Rotation, plan: AttentionPlan, level: Level = "none"
+    ) -> torch.Tensor:
+        with made_again(level):
+            x_TD = self.add_attention(x_TD, rotation, plan)
+            return rerun(self.add_mlp, x_TD) if level == "mlp" else self.add_mlp(x_TD)
+
+    def add_attention(self, x_TD: torch.Tensor, rotation: Rotation, plan: AttentionPlan) -> torch.Tensor:
+        return x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, plan)
+
+    def add_mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
@@ -51,8 +60,10 @@ class SandwichLayer(DecoderLayer):
         self.pre_feedforward_layernorm = width_norm(config, dtype, device)
         self.post_feedforward_layernorm = width_norm(config, dtype, device)
 
-    def forward(self, x_TD: torch.Tensor, rotation: Rotation, plan: AttentionPlan) -> torch.Tensor:
-        x_TD = x_TD + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x_TD), rotation, plan))
+    def add_attention(self, x_TD: torch.Tensor, rotation: Rotation, plan: AttentionPlan) -> torch.Tensor:
+        return x_TD + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x_TD), rotation, plan))
+
+    def add_mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
         return x_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD)))
 
 
@@ -72,7 +83,8 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     """Tokens to hidden states to logits. Other architectures subclass it and keep this interface.
 
-    ``gradient_checkpointing``: keep only each layer's input for backward and run the layer again there.
+    ``gradient_checkpointing``: how little is kept for backward and made again there: False nothing, True all of every
+    layer, or a level for each layer (models/recompute.py).
     ``prefix``: virtual tokens before every segment (adapters/prefix.py); the plan knows what that means.
     """
 
@@ -82,7 +94,7 @@ class CausalLM(nn.Module):
         """Uninitialised frozen weights of ``dtype`` on ``device``; "meta" allocates nothing."""
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: bool | Sequence[Level] = False
         self.prefix = None
         self.score: Linear | None = None  # a classifier's head, see models/classifier.py
         self._build(config, dtype, device)
@@ -134,20 +146,24 @@ class CausalLM(nn.Module):
     ) -> torch.Tensor:
         """All layers on embedded tokens; a segment begins at ``first_position``. Knows no prefix."""
         rotations = [rope(positions_T, x_TD.dtype, first_position) for rope in self.ropes]
-        for layer, rope in zip(self.layers, self.config.rope_of_layer, strict=True):
-            x_TD = self.run_layer(layer, x_TD, rotations[rope], plan)
+        for layer, rope, level in zip(self.layers, self.config.rope_of_layer, self.levels(), strict=True):
+            x_TD = self.run_layer(layer, level, x_TD, rotations[rope], plan)
         return x_TD
 
     def final_norm(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The norm before the head."""
         return self.model.norm(x_TD)
 
-    def run_layer(self, layer: nn.Module, x_TD: torch.Tensor, *context: object) -> torch.Tensor:
-        """One layer, checkpointed when asked: the seam for whoever stops backward early or offloads layers."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            # dropout is a pure function of its key, so torch's generator need not be kept
-            return checkpoint(layer, x_TD, *context, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
-        return layer(x_TD, *context)
+    def levels(self) -> Sequence[Level]:
+        """What each layer makes again in the backward pass, as it stands now."""
+        chosen = self.gradient_checkpointing
+        if not torch.is_grad_enabled() or not chosen:
+            return ("none",) * self.config.num_layers
+        return ("layer",) * self.config.num_layers if chosen is True else chosen
+
+    def run_layer(self, layer: nn.Module, level: Level, x_TD: torch.Tensor, *context: object) -> torch.Tensor:
+        """One layer at its level: the seam for whoever stops backward early or offloads layers."""
+        return rerun(layer, x_TD, *context) if level == "layer" else layer(x_TD, *context, level)
 
     def head_weight(self) -> torch.Tensor:
         """(V, D) of the output head; the embedding's own weight when they are tied."""

@@ -17,6 +17,7 @@ from alpaca_lora.models.config import ModelConfig
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.models.layers import Device, Embedding, LayerNorm
 from alpaca_lora.models.linear import Linear, project
+from alpaca_lora.models.recompute import Level, made_again, rerun
 
 
 class NeoSelfAttention(nn.Module):
@@ -74,8 +75,15 @@ class NeoLayer(nn.Module):
         self.ln_2 = LayerNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
         self.mlp = NeoMLP(config, dtype=dtype, device=device)
 
-    def forward(self, x_TD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        x_TD = x_TD + self.attn(self.ln_1(x_TD), plan)
+    def forward(self, x_TD: torch.Tensor, plan: AttentionPlan, level: Level = "none") -> torch.Tensor:
+        with made_again(level):
+            x_TD = self.add_attention(x_TD, plan)
+            return rerun(self.add_mlp, x_TD) if level == "mlp" else self.add_mlp(x_TD)
+
+    def add_attention(self, x_TD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        return x_TD + self.attn(self.ln_1(x_TD), plan)
+
+    def add_mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
         return x_TD + self.mlp(self.ln_2(x_TD))
 
 
@@ -118,8 +126,8 @@ class GPTNeo(CausalLM):
                 fix="shorten it or lower cutoff_len",
             )
         x_TD = x_TD + self.transformer.wpe(positions_T)
-        for layer in self.layers:
-            x_TD = self.run_layer(layer, x_TD, plan)
+        for layer, level in zip(self.layers, self.levels(), strict=True):
+            x_TD = self.run_layer(layer, level, x_TD, plan)
         return x_TD
 
     def final_norm(self, x_TD: torch.Tensor) -> torch.Tensor:

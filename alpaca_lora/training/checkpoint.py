@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file
 from torch import Tensor
 
 from alpaca_lora.errors import ConfigError, ModelFileError
@@ -38,12 +38,14 @@ from alpaca_lora.training.durable import (
     temporary_folder,
     write_file,
 )
+from alpaca_lora.weights.safetensors_file import write_safetensors
 
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
 TENSORS = "training_state.safetensors"
 STATE = "state.json"
 LOG = "metrics.jsonl"
+Content = bytes | Mapping[str, Tensor]  # of a file; tensors are written one by one, as safetensors
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -62,7 +64,7 @@ class Checkpoint:
     def tensors(self) -> dict[str, Tensor]:
         """The content of training_state.safetensors, on the CPU."""
         try:
-            return load_tensors((self.path / TENSORS).read_bytes())
+            return load_file(self.path / TENSORS)  # mapped: read where they are looked at
         except SafetensorError as error:
             raise ModelFileError(f"not a safetensors file: {error}", file=self.path / TENSORS) from error
 
@@ -88,7 +90,7 @@ class CheckpointStore:
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def save(
-        self, step: int, files: Mapping[str, bytes], *, about: Mapping[str, Any],
+        self, step: int, files: Mapping[str, Content], *, about: Mapping[str, Any],
         write_adapter: Callable[[Path], None] | None = None, pinned: Collection[int] = (),
     ) -> Checkpoint:  # fmt: skip
         """Write ``files`` and what ``write_adapter(folder)`` puts beside them as the checkpoint of ``step``, then
@@ -106,7 +108,7 @@ class CheckpointStore:
                 sync_file(path)
                 records[path.name] = hash_file(path)
             for name, data in files.items():
-                records[name] = write_file(temporary / name, data)
+                records[name] = _write(temporary / name, data)
             manifest = {"format_version": FORMAT_VERSION, "step": step, **about}
             manifest["files"] = {name: asdict(record) for name, record in sorted(records.items())}
             manifest["sha256"] = _manifest_digest(manifest)
@@ -185,6 +187,18 @@ def verify(path: Path) -> Checkpoint:
         if digest != expected["sha256"]:
             raise ModelFileError("changed since it was written (sha256 differs)", file=file)
     return Checkpoint(path, int(manifest["step"]), manifest)
+
+
+def _write(path: Path, content: Content) -> FileRecord:
+    if isinstance(content, bytes):
+        return write_file(path, content)
+    digest = write_safetensors(path, content)
+    return FileRecord(path.stat().st_size, digest)
+
+
+def size_of(content: Content) -> int:
+    """Bytes of a file's content."""
+    return len(content) if isinstance(content, bytes) else sum(t.numel() * t.element_size() for t in content.values())
 
 
 def _looks_whole(path: Path) -> bool:

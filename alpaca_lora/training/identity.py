@@ -40,6 +40,8 @@ class RunIdentity:
     ) -> RunIdentity:  # fmt: skip
         """The identity of a run with this whole configuration; the steps are those that the configuration came to."""
         kept = {key: value for key, value in config.items() if key not in FREE_KEYS and key != "warmup_steps"}
+        if kept.get("optimizer_state") != "int8":  # on a disk or in memory: the same numbers
+            kept.pop("optimizer_state", None)
         return cls(
             {**kept, "total_steps": total_steps, "warmup_steps": warmup_steps}, dict(fingerprints), dict(data_hashes)
         )

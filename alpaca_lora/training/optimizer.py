@@ -1,11 +1,11 @@
 """AdamW over one flat float32 buffer; knows names and shapes, nothing of models.
 
-Weights, gradients and both averages are one buffer each: a step is a dozen operations on long runs instead of a dozen
-for each of hundreds of small tensors. A float32 parameter is a view of the weights and its gradient one of the
-gradients. A parameter in another dtype (bfloat16) stays a tensor of its own, the rounded copy of its float32 master in
-the buffer; its gradient is added to the buffer and freed as soon as a backward pass has made it, so micro-batches add
-up in float32 and no more than one such gradient is there at a time. Source: Loshchilov and Hutter, "Decoupled Weight
-Decay Regularization" (2019), algorithm 2.
+Weights, gradients and both averages (training/averages.py) are one buffer each: a step is a dozen operations on long
+runs instead of a dozen for each of hundreds of small tensors. A float32 parameter is a view of the weights and its
+gradient one of the gradients. A parameter in another dtype (bfloat16) stays a tensor of its own, the rounded copy of
+its float32 master in the buffer; its gradient is added to the buffer and freed as soon as a backward pass has made it,
+so micro-batches add up in float32 and no more than one such gradient is there at a time. Source: Loshchilov and Hutter,
+"Decoupled Weight Decay Regularization" (2019), algorithm 2.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,8 +22,10 @@ from torch.utils.hooks import RemovableHandle
 
 from alpaca_lora.adapters.base import Kept
 from alpaca_lora.errors import ModelFileError
+from alpaca_lora.training.averages import BLOCK, KINDS, Kind
 
-ALIGNMENT = 16  # floats: each view begins on a 64-byte line, as a tensor of its own would
+# floats: each view begins on a 64-byte line, as a tensor of its own would, and shares no block of its averages
+ALIGNMENT = BLOCK
 # floats updated at a time: the four buffers' parts stay in the cache, and the only temporary is as small. 134M floats
 # on two cores took 0.15 s so, and 0.44 s in one piece
 CHUNK = 2**19
@@ -45,18 +48,23 @@ class _Slot:
         return self.shape.numel()
 
     @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+    @property
     def is_view(self) -> bool:
         return self.parameter.dtype == torch.float32
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
-        return flat[self.start : self.start + self.size].view(self.shape)
+        return flat[self.span].view(self.shape)
 
 
 class FlatAdamW:
     """AdamW, decoupled weight decay, bias-corrected; equal to ``torch.optim.AdamW`` up to float32 rounding.
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p = p (1 - lr decay) - lr m' / (sqrt(v') + eps), primes
-    bias-corrected. ``ratio``: parameter name -> its learning rate over the step's (LoRA+).
+    bias-corrected. ``ratio``: parameter name -> its learning rate over the step's (LoRA+). ``averages``: how m and v
+    are kept, ``folder``: where, if on a disk.
 
     Takes the given parameters over, from an older one too if there is; who moves one afterwards (``module.to(...)``)
     takes it out of the optimizer's reach, which `step` notices. ``updates`` counts the steps taken.
@@ -65,7 +73,7 @@ class FlatAdamW:
     def __init__(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]], *,
         beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.0,
-        ratio: Callable[[str], float] = lambda name: 1.0,
+        ratio: Callable[[str], float] = lambda name: 1.0, averages: Kind = "float32", folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.beta1, self.beta2, self.epsilon, self.weight_decay = beta1, beta2, epsilon, weight_decay
         self.updates = 0
@@ -80,10 +88,9 @@ class FlatAdamW:
         for name, parameter in given:
             slots.append(_Slot(name, parameter, _end(slots), parameter.shape, ratios[name]))
         device = given[0][1].device
-        # the padding between views stays zero in all four, so sums over the buffers are sums over the parameters
-        self._weights, self._grads, self._mean, self._square = (
-            torch.zeros(_end(slots), dtype=torch.float32, device=device) for _ in range(4)
-        )
+        # the padding between views stays zero everywhere, so sums over the buffers are sums over the parameters
+        self._weights, self._grads = (torch.zeros(_end(slots), dtype=torch.float32, device=device) for _ in range(2))
+        self._averages = KINDS[averages](_end(slots), device, folder)
         self._hooks: dict[str, RemovableHandle] = {}
         for slot in slots:
             slot.view(self._weights).copy_(slot.parameter.detach())
@@ -130,18 +137,16 @@ class FlatAdamW:
                 shape[keep.dim] = len(keep.index)
             slots.append(_Slot(slot.name, slot.parameter, _end(slots), torch.Size(shape), slot.ratio))
 
-        def rebuilt(flat: torch.Tensor) -> torch.Tensor:
-            smaller = flat.new_zeros(_end(slots))
-            for before, after in zip(old, slots, strict=True):
-                part, keep = before.view(flat), kept.get(before.name)
-                after.view(smaller).copy_(
-                    part if keep is None else part.index_select(keep.dim, keep.index.to(part.device))
-                )
-            return smaller
-
-        self._weights = rebuilt(self._weights)
-        self._mean = rebuilt(self._mean)
-        self._square = rebuilt(self._square)
+        weights, averages = self._weights.new_zeros(_end(slots)), self._averages.empty(_end(slots))
+        for before, after in zip(old, slots, strict=True):
+            keep = kept.get(before.name)
+            mean, square, some = (
+                flat if keep is None else _kept(flat.view(before.shape), keep).view(-1)
+                for flat in (*self._averages.read(before.span), self._weights[before.span])
+            )
+            averages.write(after.span, mean, square)
+            weights[after.span] = some
+        self._weights, self._averages = weights, averages
         self._grads = torch.zeros_like(self._weights)
         self._place(slots)
 
@@ -190,13 +195,14 @@ class FlatAdamW:
     def _update(self, part: slice, learning_rate: float) -> None:
         correction1, correction2 = 1 - self.beta1**self.updates, 1 - self.beta2**self.updates
         weights, grads = self._weights[part], self._grads[part]
-        mean, square = self._mean[part], self._square[part]
+        mean, square = self._averages.read(part)
         if self.weight_decay:
             weights.mul_(1 - learning_rate * self.weight_decay)
         mean.lerp_(grads, 1 - self.beta1)
         square.mul_(self.beta2).addcmul_(grads, grads, value=1 - self.beta2)
         denominator = square.sqrt().mul_(correction2**-0.5).add_(self.epsilon)
         weights.addcdiv_(mean, denominator, value=-learning_rate / correction1)
+        self._averages.write(part, mean, square)
 
     def _round(self) -> None:
         """Give the parameters that are no views their masters' values."""
@@ -214,14 +220,18 @@ class FlatAdamW:
         self._round()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """All state by parameter name: ``weight.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``; views, on the
-        optimizer's device.
+        """All state by parameter name: ``weight.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``; averages in 8 bits have
+        ``exp_avg_scales.NAME`` and ``exp_avg_sq_scales.NAME`` besides. Views, on the optimizer's device.
         """
-        return {
-            f"{kind}.{name}": self._slots[name].view(flat)
-            for kind, flat in self._buffers().items()
-            for name in self._names
-        }
+        found = {f"weight.{name}": self._slots[name].view(self._weights) for name in self._names}
+        for name in self._names:
+            slot = self._slots[name]
+            found |= {f"{kind}.{name}": one for kind, one in self._averages.tensors(slot.span, slot.shape).items()}
+        return found
+
+    def release(self) -> None:
+        """Give memory back that looking at the state took."""
+        self._averages.release()
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], *, updates: int, file: str) -> None:
         """Take back `state_tensors`, in any order. ModelFileError naming what is missing, extra or misshapen."""
@@ -233,11 +243,17 @@ class FlatAdamW:
             for name, view in expected.items()
             if name in tensors and tensors[name].shape != view.shape
         ]
+        problems += [
+            f"{name} is {tensors[name].dtype}, not {view.dtype}"
+            for name, view in expected.items()
+            if name in tensors and (tensors[name].dtype == torch.uint8) != (view.dtype == torch.uint8)
+        ]
         if problems:
             shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
             raise ModelFileError(shown, file=file, expected="the tensors of this adapter and base model")
         for name, view in expected.items():
             view.copy_(tensors[name])
+        self.release()
         self.updates = updates
         self._round()
 
@@ -248,8 +264,9 @@ class FlatAdamW:
             slot.view(flat).copy_(tensors[f"weight.{slot.name}"])
         return flat
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        return {"weight": self._weights, "exp_avg": self._mean, "exp_avg_sq": self._square}
+
+def _kept(tensor: torch.Tensor, keep: Kept) -> torch.Tensor:
+    return tensor.index_select(keep.dim, keep.index.to(tensor.device))
 
 
 def _end(slots: list[_Slot]) -> int:

@@ -40,8 +40,15 @@ class TrainingOptions(Options):
     early_stopping_patience: int = Field(
         0, ge=0, description="stop after so many evaluations without a better loss; 0: never"
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, about a third more time"
+    gradient_checkpointing: bool | Literal["auto", "norms", "mlp"] = Field(
+        False, description="recompute activations in the backward pass: less memory, more time, the same result; "
+        "true: all of each layer; norms: norms alone, nearly for free; mlp: these and the feed-forward; "
+        "auto: of each layer as little as fits into memory",
+    )  # fmt: skip
+    optimizer_state: Literal["float32", "int8", "disk"] = Field(
+        "float32",
+        description="AdamW's averages: 8 bytes for each trained number; int8: 2 bytes, rounded; "
+        "disk: none, in files beside the checkpoints, the same result as float32",
     )
     resume_from_checkpoint: str | None = Field(
         None, description="checkpoint folder to continue from, or 'auto': the newest good one of output_dir"

@@ -26,7 +26,7 @@ class ProbeCache:
     def recall(self) -> Probe | None:
         """The probe measured before; None where there is none, or what is there is not one."""
         try:
-            return Probe(**json.loads(self.path.read_text(encoding="utf-8")))
+            return Probe.from_record(json.loads(self.path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):  # a lost or foreign file costs two steps, nothing else
             return None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca_lora.errors import MachineError
-from alpaca_lora.training.checkpoint import Checkpoint, CheckpointStore
+from alpaca_lora.training.checkpoint import Checkpoint, CheckpointStore, Content, size_of
 
 MAX_FAILURES = 5
 
@@ -41,7 +41,7 @@ class Saver:
         """Whether an earlier failure asks for another try at ``step``."""
         return self.retry_at_step is not None and step >= self.retry_at_step
 
-    def try_save(self, step: int, files: Mapping[str, bytes], pinned: Collection[int] = ()) -> bool:
+    def try_save(self, step: int, files: Mapping[str, Content], pinned: Collection[int] = ()) -> bool:
         """Save; False when the disk refused and training should go on. MachineError after the last failure."""
         try:
             self.last = self.store.save(step, files, about=self.about, write_adapter=self.write_adapter, pinned=pinned)
@@ -61,12 +61,12 @@ class Saver:
         self.failures, self.retry_at_step = 0, None
         return True
 
-    def must_save(self, step: int, files: Mapping[str, bytes], pinned: Collection[int] = ()) -> None:
+    def must_save(self, step: int, files: Mapping[str, Content], pinned: Collection[int] = ()) -> None:
         """Save now, at the end of a run or on a signal: no later step will come to try again at."""
         while not self.try_save(step, files, pinned):
             time.sleep(self.retry_seconds * 2**self.failures)
 
-    def _give_up(self, step: int, files: Mapping[str, bytes], error: OSError) -> MachineError:
+    def _give_up(self, step: int, files: Mapping[str, Content], error: OSError) -> MachineError:
         what = f"checkpoint-{step} could not be saved {MAX_FAILURES} times in a row: {self._explain(files, error)}"
         whose = hashlib.sha256(str(self.store.folder.absolute()).encode()).hexdigest()[:8]
         emergency = Path(tempfile.gettempdir()) / f"alpaca-lora-emergency-{self.store.folder.name}-{whose}"
@@ -81,7 +81,7 @@ class Saver:
             fix=f"go on with --resume_from_checkpoint {saved.path} (saved there instead) and another --output_dir",
         )
 
-    def _explain(self, files: Mapping[str, bytes], error: OSError) -> str:
-        needed = sum(len(data) for data in files.values())
+    def _explain(self, files: Mapping[str, Content], error: OSError) -> str:
+        needed = sum(size_of(content) for content in files.values())
         folder = next(path for path in (self.store.folder, *self.store.folder.absolute().parents) if path.is_dir())
         return f"{error.strerror or error} (needs {needed:,} bytes, {shutil.disk_usage(folder).free:,} free)"

@@ -20,7 +20,6 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save as save_tensors
 
 from alpaca_lora.adapters.base import Adapter, Kept
 from alpaca_lora.data.examples import Batch, StepBatch
@@ -28,7 +27,8 @@ from alpaca_lora.device import current_memory_bytes
 from alpaca_lora.errors import MachineError, ModelFileError, NumericalError, Stopped
 from alpaca_lora.kernels.dropout import row_keys
 from alpaca_lora.models.decoder import CausalLM
-from alpaca_lora.training.checkpoint import LOG, STATE, TENSORS, Checkpoint, verify
+from alpaca_lora.training.activation_levels import set_levels
+from alpaca_lora.training.checkpoint import LOG, STATE, TENSORS, Checkpoint, Content, verify
 from alpaca_lora.training.guards import FrozenCheck, check_acted, gradients_watched, not_finite
 from alpaca_lora.training.identity import RunIdentity
 from alpaca_lora.training.loss import Judge, Loss, LossOnly
@@ -87,12 +87,13 @@ class Trainer:
         self.optimizer = FlatAdamW(
             adapter.trained_parameters(), beta1=options.adam_beta1, beta2=options.adam_beta2,
             epsilon=options.adam_epsilon, weight_decay=options.weight_decay, ratio=adapter.learning_rate_ratio,
+            averages=options.optimizer_state, folder=saver and saver.store.folder,
         )  # fmt: skip
         self.state = TrainState()
         self._best_weights: torch.Tensor | None = None  # only of a best step that has no checkpoint here
         self._saved_step: int | None = None
         self._gradients_proven = False
-        model.gradient_checkpointing = options.gradient_checkpointing
+        set_levels(model, options.gradient_checkpointing)
 
     # ---- the loop
 
@@ -317,24 +318,22 @@ class Trainer:
         if self.saver is None or not self.saver.store.path(best).is_dir():
             self._best_weights = weights  # the checkpoint that is resumed lies in another folder
 
-    def _files(self) -> dict[str, bytes]:
+    def _files(self) -> dict[str, Content]:
         tensors = {name: tensor.cpu() for name, tensor in self.optimizer.state_tensors().items()}
         tensors |= {EXTRA + name: tensor.cpu().contiguous() for name, tensor in self.adapter.extra_state().items()}
         record: dict[str, Any] = {
             "state": self.state.to_record(), "updates": self.optimizer.updates, "run": self.identity.to_record()
         }  # fmt: skip
         return {
-            TENSORS: save_tensors(tensors),
+            TENSORS: tensors,
             STATE: json.dumps(record, indent=1).encode(),
             LOG: self.log.text().encode(),
         }
 
     def _save(self, *, is_best: bool = False) -> None:
         """A checkpoint now if the disk takes it; if not, the saver asks for it again at a later step."""
-        if self.saver is None:
-            saved = False
-        else:
-            saved = self.saver.try_save(self.state.step, self._files(), self._pinned())
+        saved = self.saver is not None and self.saver.try_save(self.state.step, self._files(), self._pinned())
+        self.optimizer.release()
         if saved:
             self._saved_step = self.state.step
         if is_best:

@@ -61,6 +61,21 @@ def test_free_keys_may_change() -> None:
     changed.check(saved(), file=FILE)
 
 
+@pytest.mark.parametrize("level", [True, "auto", "norms", "mlp"])
+def test_what_is_recomputed_may_change(level: object) -> None:
+    identity(gradient_checkpointing=level).check(saved(), file=FILE)
+    identity().check(saved(gradient_checkpointing=level), file=FILE)
+
+
+def test_averages_may_move_to_a_disk_and_back_but_not_into_8_bits() -> None:
+    identity(optimizer_state="disk").check(saved(), file=FILE)
+    identity().check(saved(optimizer_state="disk"), file=FILE)
+    with pytest.raises(ConfigError, match="optimizer_state: absent in the checkpoint, 'int8' now"):
+        identity(optimizer_state="int8").check(saved(), file=FILE)
+    with pytest.raises(ConfigError, match="optimizer_state: 'int8' in the checkpoint, absent now"):
+        identity(optimizer_state="disk").check(saved(optimizer_state="int8"), file=FILE)
+
+
 def test_an_edited_data_file_is_named() -> None:
     with pytest.raises(DataError, match=r"b\.json: data_path: changed since the checkpoint: sha256 bbbb then, cccc"):
         identity(hashes={"a.json": "aaaa", "b.json": "cccc"}).check(

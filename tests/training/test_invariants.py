@@ -170,16 +170,23 @@ class TestInvariants:
         monkeypatch.undo()
         assert is_same(plain, alone)
 
-    def test_gradient_checkpointing(self, case: Case, plain: Trajectory) -> None:
-        assert is_same(plain, trained(case, gradient_checkpointing=True))
+    @pytest.mark.parametrize("level", [True, "norms", "mlp"])
+    def test_gradient_checkpointing(self, case: Case, plain: Trajectory, level: bool | str) -> None:
+        assert is_same(plain, trained(case, gradient_checkpointing=level))
+
+    def test_another_level_for_each_layer(self, case: Case, plain: Trajectory) -> None:
+        def mixed(trainer: Trainer) -> None:
+            trainer.model.gradient_checkpointing = ("layer", "mlp")
+
+        assert is_same(plain, trained(case, mixed, gradient_checkpointing="auto"))
 
     def test_another_layer_in_the_recomputation_would_be_noticed(
         self, case: Case, plain: Trajectory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The second run of a checkpointed layer gives what the first gave, or the gradient is another one."""
-        import alpaca_lora.models.decoder as decoder
+        import alpaca_lora.models.recompute as recompute
 
-        right = decoder.checkpoint
+        right = recompute.checkpoint
 
         def wrong(layer: Any, x_TD: torch.Tensor, *context: Any, **options: Any) -> Any:
             calls = []
@@ -190,8 +197,9 @@ class TestInvariants:
 
             return right(drifting, x_TD, *context, **options)
 
-        monkeypatch.setattr(decoder, "checkpoint", wrong)
+        monkeypatch.setattr(recompute, "checkpoint", wrong)
         assert not is_same(plain, trained(case, gradient_checkpointing=True))
+        assert not is_same(plain, trained(case, gradient_checkpointing="mlp"))
 
 
 def one_by_one(trainer: Trainer) -> None:
@@ -249,10 +257,10 @@ class TestResume:
             assert digest(resumed) == digest(whole.trainer), f"resumed at step {step}"
             assert log_in(folder / "metrics.jsonl") == log, f"resumed at step {step}"
 
-    @pytest.mark.parametrize("lost", ["_mean", "_square"])
+    @pytest.mark.parametrize("lost", ["mean", "square"])
     def test_without_the_averages_would_be_noticed(self, whole: Whole, lost: str) -> None:
         resumed = whole.case.trainer(resume=whole.checkpoint(2))
-        getattr(resumed.optimizer, lost).mul_(0.5)
+        getattr(resumed.optimizer._averages, lost).mul_(0.5)
         resumed.train()
         assert digest(resumed) != digest(whole.trainer)
 

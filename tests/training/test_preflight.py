@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -22,7 +22,8 @@ class Sizes:
     micro_batch_size: int = 4
     cutoff_len: int = 32
     seed: int = 7
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False
+    optimizer_state: str = "float32"
     max_memory_gb: float | None = None
     batch_size: int = 64
 
@@ -87,9 +88,11 @@ def test_out_of_memory_in_the_probe_is_one_message():
         # 1 GiB + 2048 tokens of 1 MiB = 3 GiB, and 5 % reserve
         (2.7, Sizes(4, 512), "--micro_batch_size 3"),
         (1.6, Sizes(4, 512), "--micro_batch_size 1"),
-        (1.3, Sizes(4, 512), "--gradient_checkpointing --micro_batch_size 2"),
-        (1.5, Sizes(1, 2048), "--gradient_checkpointing"),
+        (1.3, Sizes(4, 512), "--gradient_checkpointing auto --micro_batch_size 2"),
+        (1.5, Sizes(1, 2048), "--gradient_checkpointing auto"),
         (1.3, Sizes(4, 512, gradient_checkpointing=True), "--cutoff_len 2"),
+        (1.3, Sizes(4, 512, gradient_checkpointing="auto"), "--cutoff_len 2"),
+        (1.3, Sizes(4, 512, gradient_checkpointing="mlp"), "--gradient_checkpointing auto"),
         (0.5, Sizes(4, 512), "smaller base model"),
     ],
 )
@@ -117,3 +120,78 @@ def test_probe_is_remembered_for_the_same_facts_only(tmp_path):
     assert ProbeCache(tmp_path / "new", {"base": "b", "lengths": [1, 2]}).recall() is None
     cache.path.write_text('{"something": "else"}')
     assert cache.recall() is None
+
+
+def test_levels_that_were_chosen_are_remembered(tmp_path):
+    result = replace(measured(per_token=5), levels=("layer", "mlp"))
+    cache = ProbeCache(tmp_path, {"base": "a"})
+    assert cache.remember(result) and cache.recall() == result
+
+
+@pytest.mark.parametrize(("state", "per_number"), [("float32", 12), ("int8", 6.1), ("disk", 4)])
+def test_the_optimizer_takes_what_its_averages_take(state, per_number):
+    result, _, before = probed(Sizes(optimizer_state=state))
+    assert result.optimizer_bytes == sum(int(per_number * p.numel()) for p in before.values())
+
+
+# ---- levels chosen by what fits
+
+
+class FakeMemory:
+    """Peaks of a machine whose layers keep exactly what is counted, on top of a gigabyte."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kept_per_token: dict[str, int], surcharge: int = 0) -> None:
+        self.kept, self.surcharge, self.steps = kept_per_token, surcharge, []
+        monkeypatch.setattr(preflight, "peak_memory_bytes", lambda device: self.peak)
+        monkeypatch.setattr(preflight, "current_memory_bytes", lambda device: GIB)
+        monkeypatch.setattr(preflight, "count_kept", self.count)
+        self.peak = 0
+
+    def count(self, model, forward, per):
+        forward()
+        return {level: [size * 128] * 2 for level, size in self.kept.items()}  # the stream is rounded up to 128
+
+    def loss(self, model, batch, num_supervised):
+        levels = model.levels()
+        self.steps.append(levels)
+        over = self.surcharge if set(levels) != {"layer"} else 0
+        self.peak = GIB + over + sum(self.kept[level] for level in levels) * 128
+        return causal_lm_loss(model, batch, num_supervised)
+
+
+KEPT = {"none": 4_000_000, "norms": 3_000_000, "mlp": 2_000_000, "layer": 1_000_000}
+
+
+def chosen_within(monkeypatch, bytes_for_layers: int, **more):
+    memory = FakeMemory(monkeypatch, KEPT, **more)
+    model = tiny_model()
+    adapter = Lora.attach(model, AdapterOptions(lora_r=4, lora_dropout=0.1), seed=7)
+    limit = (GIB + bytes_for_layers + 12 * sum(p.numel() for _, p in adapter.trained_parameters())) * 1.051
+    sizes = Sizes(gradient_checkpointing="auto", max_memory_gb=limit / 1e9)
+    rows = ExampleTable.from_examples(table())
+    result = probe(model, adapter, memory.loss, rows, sizes)
+    return result, model, memory
+
+
+@pytest.mark.parametrize(
+    ("millions", "levels"),
+    [
+        (8, ("none", "none")), (7, ("norms", "none")), (6, ("norms", "norms")), (5, ("mlp", "norms")),
+        (4, ("mlp", "mlp")), (3, ("layer", "mlp")), (2, ("layer", "layer")),
+    ],
+)  # fmt: skip
+def test_the_cheapest_levels_that_fit_are_measured_and_stay_on_the_model(monkeypatch, millions, levels):
+    result, model, memory = chosen_within(monkeypatch, millions * 128 * 1_000_000)
+    assert result.levels == levels and model.levels() == levels and memory.steps[-1] in (levels, ("layer",) * 2)
+    assert result.peak_bytes == GIB + sum(KEPT[level] for level in levels) * 128
+
+
+def test_levels_that_take_more_than_was_counted_are_lowered_until_they_fit(monkeypatch):
+    result, model, memory = chosen_within(monkeypatch, 6 * 128 * 1_000_000, surcharge=128 * 1_000_000)
+    assert ("norms", "norms") in memory.steps  # tried first
+    assert result.levels == model.levels() == ("mlp", "norms")
+
+
+def test_what_does_not_fit_with_inputs_alone_is_refused(monkeypatch):
+    with pytest.raises(MachineError, match="GiB at its peak and may take"):
+        chosen_within(monkeypatch, 128 * 1_000_000)

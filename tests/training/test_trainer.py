@@ -127,7 +127,7 @@ class TestInvariants:
             first.train()
         second = tiny_trainer(resume=verify(tmp_path / "checkpoint-3"))
         if forgotten == "exp_avg":
-            second.optimizer._mean.zero_()
+            second.optimizer._averages.mean.zero_()
         elif forgotten == "updates":
             second.optimizer.updates = 0
         else:
