@@ -114,18 +114,19 @@ def _growth(
     walk: LayerWalk, name: str, schemes: Sequence[Scheme], streams: Sequence[Stream],
     seen: Sequence[tuple[torch.Tensor, torch.Tensor]], int4_method: str,
 ) -> list[float]:  # fmt: skip
-    """1/2 sum_rows (sum_t g_t . dW x_t)^2, of each scheme."""
-    weight_OI, inputs, totals = walk.weight(name), [x_TI for x_TI, _ in seen], []
+    """1/2 sum_rows (sum_t g_t . dW x_t)^2 of each scheme: by the product of dW with a row's gradient of the weight."""
+    weight_OI, inputs = walk.weight(name), [x_TI for x_TI, _ in seen]
     num_out, num_in = weight_OI.shape
     compensated = int4_method != "round" and any(isinstance(scheme, Int4) for scheme in schemes)
     hessian_II = hessian(inputs) if compensated else None
-    for scheme in schemes:
+    changes = torch.empty(len(schemes), num_out * num_in, device=weight_OI.device)
+    for place, scheme in enumerate(schemes):
         made, parts = quantized_parts(scheme, weight_OI, inputs, int4_method, hessian_II, name=name)
-        change_OI = made.tile(parts, (num_out, num_in), slice(0, num_out), slice(0, num_in), torch.float32)
-        change_OI = change_OI.sub_(weight_OI).to(inputs[0].dtype)
-        total = 0.0
-        for stream, (x_TI, g_TO) in zip(streams, seen, strict=True):
-            moved_T = ((x_TI @ change_OI.t()).float() * g_TO.float()).sum(1)
-            total += sum(float(row.sum().square()) for row in moved_T.split([len(row) for row in stream.rows]))
-        totals.append(total / 2)
-    return totals
+        decoded_OI = made.tile(parts, (num_out, num_in), slice(0, num_out), slice(0, num_in), torch.float32)
+        torch.sub(decoded_OI, weight_OI, out=changes[place].view(num_out, num_in))
+    totals = torch.zeros(len(schemes), device=weight_OI.device)
+    for stream, (x_TI, g_TO) in zip(streams, seen, strict=True):
+        lengths = [len(row) for row in stream.rows]
+        for row_TI, row_TO in zip(x_TI.split(lengths), g_TO.split(lengths), strict=True):
+            totals += torch.mv(changes, (row_TO.t() @ row_TI).float().view(-1)).square_()
+    return (totals / 2).tolist()
