@@ -26,10 +26,10 @@ from benchmarks.machine_card import keep  # noqa: E402
 
 RUNS: dict[str, list[str]] = {
     "lora": [],
-    "adalora": ["--method", "adalora"],
+    "adalora": ["--method", "adalora", "--learning_rate", "2e-3"],
     "dora": ["--method", "dora"],
-    "prefix": ["--method", "prefix"],
-    "freeze, last 2 layers": ["--method", "freeze"],
+    "prefix": ["--method", "prefix", "--learning_rate", "1e-2"],
+    "freeze, last 2 layers": ["--method", "freeze", "--learning_rate", "1e-4"],
     "head only": ["--method", "freeze", "--train_last_layers", "0", "--learning_rate", "1e-2"],
     "pissa": ["--method", "pissa"],
     "ia3": ["--method", "ia3", "--lora_target_modules", "k_proj,v_proj,down_proj"],
@@ -37,8 +37,8 @@ RUNS: dict[str, list[str]] = {
     "bitfit": ["--method", "bitfit"],
     "full": ["--method", "full"],
 }
-# the rate of the file is LoRA's
-RATES = {method: ["--learning_rate", str(keys["learning_rate"])] for method, keys in METHOD_DEFAULTS.items()}
+# the rate of the file is LoRA's; where nothing is said, a fifth of the method's default, as LoRA's is of its own
+RATES = {method: ["--learning_rate", str(keys["learning_rate"] / 5)] for method, keys in METHOD_DEFAULTS.items()}
 SHOWN = ("accuracy", "macro_f1", "matthews", "trained_parameters", "seconds", "peak_memory_bytes", "tokens_per_second")
 
 

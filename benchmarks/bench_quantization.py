@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/bench_quantization.py [--schemes nf4 int4-gptq ...] [--tokens 65536] [--dtype bfloat16]
 
 Ours: `alpaca-lora quantize` writes a folder, a process of its own loads it and is measured. Peers: bitsandbytes through
-transformers, torchao's weight-only int8 and int4, transformers in bfloat16; they load a bfloat16 folder of the very same
+transformers, torchao's weight-only int8 and int4, transformers in bfloat16; they load a bfloat16 folder of the same
 dense weights. Perplexity: WikiText-2 test in windows of 1,024 tokens, every token but each window's first. Calibration
 rows are of the validation file, never of the test file. Runs that benchmarks/results/quantization.jsonl holds already
 (same settings) are not made again. Prints a Markdown table, draws docs/pictures/quantization.png (perplexity against

@@ -1,7 +1,7 @@
 """One contender of bench_quantization.py, in a process of its own: loads, measures, prints one JSON line.
 
-    .venv/bin/python benchmarks/quantization_worker.py --name nf4 --folder FOLDER_OR_MODEL [--tokens 65536]
-    .venv/bin/python benchmarks/quantization_worker.py --export FOLDER --folder MODEL     (the dense weights as bfloat16)
+.venv/bin/python benchmarks/quantization_worker.py --name nf4 --folder FOLDER_OR_MODEL [--tokens 65536]
+.venv/bin/python benchmarks/quantization_worker.py --export FOLDER --folder MODEL     (the dense weights as bfloat16)
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ TEST_FILE = ROOT.parent / "shared/data/wikitext2/test.txt"
 WINDOW = 1024
 CHUNK = 256  # rows of logits at a time
 PREFILL, NEW_TOKENS, ROUNDS = 512, 48, 5
-LogProbs = Callable[[torch.Tensor], torch.Tensor]  # ids (T,) of one window -> log p of each token but the first (T - 1,)
+LogProbs = Callable[
+    [torch.Tensor], torch.Tensor
+]  # ids (T,) of one window -> log p of each token but the first (T - 1,)
 Generate = Callable[[list[int], int], object]  # prompt, number of new tokens
 
 

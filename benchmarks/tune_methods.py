@@ -26,20 +26,20 @@ from benchmarks.machine_card import RESULTS, keep  # noqa: E402
 
 # method -> (flags, learning rates to try); rates a factor of about three apart around what its authors use
 RUNS: dict[str, tuple[list[str], list[str]]] = {
-    "lora": ([], ["3e-4", "1e-3", "3e-3"]),
+    "lora": ([], ["3e-4", "1e-3", "3e-3", "1e-2"]),
     "lora r=32": (["--lora_r", "32", "--lora_alpha", "64"], ["3e-4", "1e-3"]),
     "rslora r=32": (["--lora_r", "32", "--lora_alpha", "16", "--use_rslora"], ["3e-4", "1e-3"]),
     "lora+": (["--lora_plus_ratio", "16"], ["1e-4", "3e-4", "1e-3"]),
-    "dora": (["--method", "dora"], ["3e-4", "1e-3", "3e-3"]),
-    "pissa": (["--method", "pissa"], ["1e-4", "3e-4", "1e-3"]),
-    "adalora": (["--method", "adalora"], ["1e-3", "3e-3", "1e-2"]),
+    "dora": (["--method", "dora"], ["3e-4", "1e-3", "3e-3", "1e-2"]),
+    "pissa": (["--method", "pissa"], ["1e-4", "3e-4", "1e-3", "3e-3"]),
+    "adalora": (["--method", "adalora"], ["1e-3", "3e-3", "1e-2", "3e-2"]),
     "ia3": (["--method", "ia3"], ["3e-3", "1e-2", "3e-2"]),
-    "prefix": (["--method", "prefix"], ["3e-3", "1e-2", "3e-2"]),
+    "prefix": (["--method", "prefix"], ["3e-3", "1e-2", "3e-2", "1e-1"]),
     "prefix, random start": (["--method", "prefix", "--virtual_tokens_text", ""], ["1e-2"]),
     "prompt": (["--method", "prompt"], ["3e-3", "1e-2", "3e-2"]),
-    "freeze": (["--method", "freeze"], ["3e-5", "1e-4", "3e-4"]),
+    "freeze": (["--method", "freeze"], ["3e-5", "1e-4", "3e-4", "1e-3"]),
     "bitfit": (["--method", "bitfit"], ["1e-3", "3e-3", "1e-2"]),
-    "full": (["--method", "full"], ["1e-5", "3e-5", "1e-4"]),
+    "full": (["--method", "full"], ["1e-5", "3e-5", "1e-4", "3e-4"]),
 }
 BASE = (
     "--base_model smollm2-135m --prompt_template_name alpaca --train_on_inputs false --batch_size 16 --cutoff_len 256"

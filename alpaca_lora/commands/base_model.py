@@ -48,8 +48,9 @@ def open_base(
     return load_base(asked.base_model, compute, quantize=asked.quantize, plan_of=plan_of)
 
 
-def trained_for(record: AdapterRecord | None, model: CausalLM) -> Plan | None:
+def trained_for(lora_weights: str, model: CausalLM) -> Plan | None:
     """The plan that a quantization-aware run trained for, of a dense base without its adapter; None for other runs."""
+    record = _record(lora_weights)
     if record is None or not record.quantization_aware:
         return None
     asked = record.quantization_aware
@@ -58,6 +59,10 @@ def trained_for(record: AdapterRecord | None, model: CausalLM) -> Plan | None:
 
 def trained_on(lora_weights: str) -> list[Any]:
     """The plan by which the run that made an adapter quantized its base while loading it; empty where it did not."""
-    folder = Path(lora_weights)
-    record = read_record(folder) if os.path.isdir(folder) else None  # also names that no folder can have
+    record = _record(lora_weights)
     return record.base_plan if record is not None else []
+
+
+def _record(lora_weights: str) -> AdapterRecord | None:
+    folder = Path(lora_weights)
+    return read_record(folder) if os.path.isdir(folder) else None  # also names that no folder can have

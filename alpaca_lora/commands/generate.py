@@ -150,7 +150,7 @@ def _prompt_format(config: GenerateConfig, base: Base, record: AdapterRecord | N
 
 
 def _load_adapter(folder: str, base: Base, console: Console) -> AdapterRecord | None:
-    plan = trained_for(read_record(Path(folder)) if Path(folder).is_dir() else None, base.model)
+    plan = trained_for(folder, base.model)
     adapter, record = load_adapter(folder, base.model, base_fingerprint=base.fingerprint)
     for message in getattr(adapter, "messages", ()):
         _note(console, message)

@@ -20,16 +20,16 @@ from alpaca_lora.quantization.options import QatOptions, QuantizationOptions, Qu
 from alpaca_lora.text.options import TextOptions
 from alpaca_lora.training.options import TrainingOptions
 
-# What a method wants otherwise than LoRA: after its authors, to be tuned by benchmarks/tune_methods.py. A key that the
-# user gives always wins.
+# What a method wants otherwise than LoRA: the rates of benchmarks/tune_methods.py (table in docs/methods.md), or one
+# step below the best where a longer run is safer with less. A key that the user gives always wins.
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "adalora": {"learning_rate": 1e-3},
+    "adalora": {"learning_rate": 1e-2},
     "ia3": {"learning_rate": 1e-2, "lora_target_modules": ["k_proj", "v_proj", "down_proj"]},
     "prefix": {"learning_rate": 1e-2},
-    "prompt": {"learning_rate": 3e-2},
-    "freeze": {"learning_rate": 1e-4},
-    "bitfit": {"learning_rate": 2e-3},
-    "full": {"learning_rate": 2e-5},
+    "prompt": {"learning_rate": 1e-2},
+    "freeze": {"learning_rate": 3e-4},
+    "bitfit": {"learning_rate": 3e-3},
+    "full": {"learning_rate": 1e-4},
 }
 
 

@@ -20,7 +20,7 @@ class TrainingOptions(Options):
         3.0, gt=0, le=1_000_000, allow_inf_nan=False, description="passes over the training rows; 0.5 is half of one"
     )
     max_steps: int | None = Field(None, ge=1, description="optimizer steps to take, in place of num_epochs")
-    learning_rate: float = Field(3e-4, gt=0, le=1000, allow_inf_nan=False, description="peak learning rate")
+    learning_rate: float = Field(1e-3, gt=0, le=1000, allow_inf_nan=False, description="peak learning rate")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="how the learning rate falls after the warmup"
     )

@@ -62,7 +62,7 @@ def test_the_reference_recipe_is_read_as_it_stands() -> None:
     assert (value.lora_r, value.lora_alpha, value.lora_dropout) == (8, 16, 0.05)
     assert value.lora_target_modules == ["q_proj", "v_proj"]
     assert value.train_on_inputs and value.group_by_length
-    assert sum(origin.startswith(str(path)) for origin in resolved.origins.values()) == 13
+    assert sum(origin.startswith(str(path)) for origin in resolved.origins.values()) == 14
 
 
 def test_the_reference_flags_are_read_as_they_are_written() -> None:
