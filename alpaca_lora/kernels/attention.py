@@ -4,6 +4,7 @@ Segments of similar length are laid side by side in a small padded block (`Segme
 rows is a few large products and not twenty small ones. Two ways to attend in a block:
 
 * short segments on a processor: plain products with the gradient written out; keeps q, k and v.
+* longer ones there: the same, a block of queries at a time (long_attention.py).
 * everything else: torch's scaled_dot_product_attention, causal. Padding stands behind the segment, no real row sees it.
 
 P = softmax(scale q k^T + bias);  o = P v
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from alpaca_lora.kernels.long_attention import long_attention
 from alpaca_lora.kernels.reference import visible
 
 # tokens; 2048 of them forward and backward in segments of 128: 25 ms against flash's 34, of 256: 47 against 43
@@ -226,7 +228,9 @@ def _flash(
     q_NHSE: torch.Tensor, k_NKSE: torch.Tensor, v_NKSE: torch.Tensor, scale: float, window: int | None,
     prefix: KeysValues | None,
 ) -> torch.Tensor:  # fmt: skip
-    """torch's attention for N sequences of one length S, causal, behind the prefix -> (N, H, S, E)."""
+    """Attention of N sequences of one length S, causal, behind the prefix -> (N, H, S, E)."""
+    if q_NHSE.device.type == "cpu" and prefix is None:
+        return long_attention(q_NHSE, k_NKSE, v_NKSE, scale, window)
     length = q_NHSE.shape[2]
     num_before = 0 if prefix is None else len(prefix[0])
     windowed = window is not None and window < num_before + length

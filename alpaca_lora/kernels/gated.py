@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from alpaca_lora.kernels.reference import Activation
 
+PIECE = 2**20  # elements of the backward pass at a time: large temporaries are new pages for the system to clear
+
 
 class _Gated(torch.autograd.Function):
     @staticmethod
@@ -30,12 +32,16 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TF: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         gate_TF, up_TF = ctx.saved_tensors
-        act_TF = _act(gate_TF, ctx.activation)
-        if ctx.activation == "silu":
-            dgate_TF = torch.ops.aten.silu_backward(dy_TF * up_TF, gate_TF)
-        else:
-            dgate_TF = torch.ops.aten.gelu_backward(dy_TF * up_TF, gate_TF, approximate="tanh")
-        return dgate_TF, act_TF.mul_(dy_TF), None
+        dgate_TF, dup_TF = torch.empty_like(gate_TF), torch.empty_like(up_TF)
+        step = max(1, PIECE // gate_TF.shape[-1])
+        whole = (gate_TF, up_TF, dy_TF, dgate_TF, dup_TF)
+        for gate, up, dy, dgate, dup in zip(*(x.split(step) for x in whole), strict=True):
+            dup.copy_(_act(gate, ctx.activation).mul_(dy))
+            if ctx.activation == "silu":
+                dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+            else:
+                dgate.copy_(torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh"))
+        return dgate_TF, dup_TF, None
 
 
 def _act(gate_TF: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -34,8 +34,9 @@ def set_levels(model: CausalLM, asked: bool | str) -> None:
 def describe(levels: Sequence[Level]) -> str:
     """``everything in 10 layers, norms and feed-forward in 22``."""
     counts = Counter(levels)
-    parts = [f"{IN_WORDS[level]} in {counts[level]}" for level in reversed(LEVELS) if counts[level]]
-    plural = "" if counts[next(level for level in reversed(LEVELS) if counts[level])] == 1 else "s"
+    found: list[tuple[Level, int]] = [(level, counts[level]) for level in reversed(LEVELS) if counts[level]]
+    parts = [f"{IN_WORDS[level]} in {count}" for level, count in found]
+    plural = "" if found[0][1] == 1 else "s"
     return f"{parts[0]} layer{plural}" + "".join(f", {part}" for part in parts[1:])
 
 

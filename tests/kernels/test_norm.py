@@ -8,7 +8,9 @@ from tests.kernels.compare import assert_same, randn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(1, 8), (37, 24), (5, 3, 16)])
-def test_equals_the_definition(shape, offset, dtype):
+@pytest.mark.parametrize("piece", [1, 100, norm.PIECE])
+def test_equals_the_definition(monkeypatch, piece, shape, offset, dtype):
+    monkeypatch.setattr(norm, "PIECE", piece)
     x, w = randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype)
     assert_same(
         lambda x, w: norm.rms_norm(x, w, 1e-5, offset),
