@@ -6,9 +6,11 @@ Knows nothing of models. Everything is asked when a function is called and hande
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import random
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,28 @@ _SYSTEM_ROOT = Path("/")
 # when they are freed; left to itself glibc raises that limit to 32 MiB and keeps them in a heap full of holes. Four
 # layers of LLaMA-7B at 1024 tokens took 550 MB above their weights so, and 1,005 MB without, in the same time
 MALLOC_SETTINGS = ((-3, 8 << 20), (-1, 64 << 20))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
+class _Scratch(threading.local):
+    """Of each thread: dtype -> a vector that is written over and over."""
+
+    def __init__(self) -> None:
+        self.vectors: dict[torch.dtype, torch.Tensor] = {}
+
+
+_SCRATCH = _Scratch()
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised room on the processor that the next call in this thread hands out again. A new tensor of some
+    megabytes would be new pages, which the system clears first: that takes longer than filling them.
+    """
+    numel = math.prod(shape)
+    vector = _SCRATCH.vectors.get(dtype)
+    if vector is None or vector.numel() < numel:
+        with torch.inference_mode(False):
+            vector = _SCRATCH.vectors[dtype] = torch.empty(numel, dtype=dtype)
+    return vector[:numel].view(shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from alpaca_lora.device import scratch
 from alpaca_lora.kernels.cpu.library import Library, library
 from alpaca_lora.kernels.tiled import tiled_linear
 
@@ -94,17 +95,19 @@ def unpack_codes(packed: torch.Tensor, numel: int) -> torch.Tensor:
 
 def decode_four_bit(
     packed: torch.Tensor, table: torch.Tensor, scales: BlockScales, zeros: torch.Tensor | None,
-    shape: tuple[int, int], block_size: int, rows: slice, columns: slice, dtype: torch.dtype,
+    shape: tuple[int, int], block_size: int, rows: slice, columns: slice, dtype: torch.dtype, *, reuse: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """W[rows, columns] in ``dtype``, of a weight of ``shape`` (out, in).
 
-    packed: uint8, all codes; table: float32 (16,); zeros: float32 (blocks,) or None.
+    packed: uint8, all codes; table: float32 (16,); zeros: float32 (blocks,) or None. reuse: the result may lie where
+    the next such call in this thread writes.
     """
     found = _library(packed, dtype)
     if found is None:
         return decode_plain(packed, table, scales, zeros, shape, block_size, rows, columns, dtype)
     num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
-    out = torch.empty(num_rows, num_columns, dtype=dtype)
+    shape_of_tile = num_rows, num_columns
+    out = scratch(shape_of_tile, dtype) if reuse else torch.empty(shape_of_tile, dtype=dtype)
     weight, held = _weight(packed, table, scales, zeros, shape[1], block_size)
     found.call(
         "decode_four_bit", ctypes.byref(weight), rows.start, num_rows, columns.start, num_columns, out,
@@ -182,7 +185,7 @@ def four_bit_linear(
     dtype = x_TI.dtype  # not read inside: the function would keep x alive until the backward pass
 
     def tile(rows: slice, columns: slice) -> torch.Tensor:
-        return decode_four_bit(packed, table, scales, zeros, shape, block_size, rows, columns, dtype)
+        return decode_four_bit(packed, table, scales, zeros, shape, block_size, rows, columns, dtype, reuse=True)
 
     def few(some_TI: torch.Tensor) -> torch.Tensor | None:
         return multiply_few(some_TI, packed, table, scales, zeros, shape, block_size)

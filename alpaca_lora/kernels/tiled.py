@@ -15,11 +15,12 @@ import torch
 
 from alpaca_lora.kernels.float8 import widen
 
-Tile = Callable[[slice, slice], torch.Tensor]  # (rows, columns) of W (out, in) -> that part of W, in the dtype of X
+# (rows, columns) of W (out, in) -> that part of W, in the dtype of X; used up before the next one is asked for
+Tile = Callable[[slice, slice], torch.Tensor]
 Few = Callable[[torch.Tensor], torch.Tensor | None]  # X -> X W^T without tiles, or None where tiles are better
 
-# elements of a tile: 8 MB of bfloat16, which stays in the cache between the decoder that writes it and the product
-TILE_ELEMENTS = 2**22
+# elements of a tile: 4 MB of bfloat16, which stays in the cache between the decoder that writes it and the product
+TILE_ELEMENTS = 2**21
 SCALED_ELEMENTS = 2**17
 # one token through 4096 x 4096 in 8 bits takes 1.1 ms so, 3.7 through tiles, 1.9 in bfloat16; 16 take 5.0 and 4.3
 FEW_TOKENS = 8

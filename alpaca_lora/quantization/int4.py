@@ -115,7 +115,7 @@ class Int4(Scheme):
             return multiply_few(some_TI, parts["codes"], table, scales, zeros, shape, self.group_size)
 
         return tiled_linear(
-            x_TI, lambda rows, columns: self._decoded(parts, shape, rows, columns, dtype), shape[0], few
+            x_TI, lambda rows, columns: self._decoded(parts, shape, rows, columns, dtype, reuse=True), shape[0], few
         )
 
     def tile(
@@ -127,8 +127,9 @@ class Int4(Scheme):
         return tile.div_(parts["input_scales"][columns]).to(dtype)
 
     def _decoded(
-        self, parts: Parts, shape: tuple[int, int], rows: slice, columns: slice, dtype: torch.dtype
-    ) -> torch.Tensor:
+        self, parts: Parts, shape: tuple[int, int], rows: slice, columns: slice, dtype: torch.dtype, *,
+        reuse: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
         """(codes - zero) scale of a tile, without the input scales."""
         # whole rows of groups: what is decoded shares its first row with the scales that are handed over
         scales = BlockScales(parts["scales"][rows].view(-1))
@@ -137,7 +138,7 @@ class Int4(Scheme):
         codes = parts["codes"][rows.start * row_bytes : rows.stop * row_bytes]
         return decode_four_bit(
             codes, _table(self.symmetric).to(codes.device), scales, zeros, (count, shape[1]), self.group_size,
-            slice(0, count), columns, dtype,
+            slice(0, count), columns, dtype, reuse=reuse,
         )  # fmt: skip
 
 
