@@ -40,10 +40,12 @@ OURS: dict[str, list[str] | None] = {
     "int8 static": ["--scheme", "int8_static", *CALIBRATION],
     "nf4": ["--scheme", "nf4"],
     "fp4": ["--scheme", "fp4"],
-    "int4 g128": ["--scheme", "int4", "--group_size", "64"],
-    "int4 gptq": ["--scheme", "int4", "--group_size", "64", "--int4_method", "gptq", *CALIBRATION],
-    "int4 awq": ["--scheme", "int4", "--group_size", "64", "--int4_method", "awq", *CALIBRATION],
+    # groups of 128 where that divides the inputs (1536), of 64 where not (576)
+    "int4": ["--scheme", "int4"],
+    "int4 gptq": ["--scheme", "int4", "--int4_method", "gptq", *CALIBRATION],
+    "int4 awq": ["--scheme", "int4", "--int4_method", "awq", *CALIBRATION],
     "mixed 4.5": ["--scheme", "mixed", "--bits", "4.5", *CALIBRATION],
+    "mixed 4.5 gptq": ["--scheme", "mixed", "--bits", "4.5", "--int4_method", "gptq", *CALIBRATION],
 }
 PEERS = ("transformers bfloat16", "bitsandbytes nf4", "bitsandbytes int8", "torchao int8", "torchao int4")
 COLUMNS = ("perplexity", "weight_bytes", "load_seconds", "prefill", "decode", "peak_memory_bytes")

@@ -30,6 +30,7 @@ class FourBit(Scheme):
     block_size: int = 64
     double_quant: bool = True
 
+    has_kernel_in_c: ClassVar[bool] = True
     values: ClassVar[tuple[float, ...]]  # the sixteen, in the order of their codes
 
     def problem(self) -> tuple[str, str] | None:

@@ -38,6 +38,7 @@ class Int4(Scheme):
     """
 
     name: ClassVar[str] = "int4"
+    has_kernel_in_c: ClassVar[bool] = True
     group_size: int = 128
     symmetric: bool = False
     input_scales: bool = False

@@ -11,6 +11,7 @@ import torch
 
 from alpaca_lora.device import Compute
 from alpaca_lora.errors import ConfigError
+from alpaca_lora.kernels.cpu.library import library
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.models.linear import Linear
 from alpaca_lora.models.load import Base, Source
@@ -63,7 +64,16 @@ def load_base(
     for plan in plans:
         summary = plan.summary(linear_shapes(base.model))
         base = replace(base, description=f"{base.description}, quantized: {summary}")
+        if compute.device.type == "cpu" and any(scheme.has_kernel_in_c for scheme in plan.schemes.values()):
+            base.notices.extend(_slow_kernels())
     return base
+
+
+def _slow_kernels() -> list[str]:
+    found = library()
+    if found.handle is not None:
+        return []
+    return [f"4-bit weights are decoded by {found.reason}, which is slower; a C compiler (gcc, clang) makes it fast"]
 
 
 def _refuse_rows(plan: Plan, field: str) -> None:

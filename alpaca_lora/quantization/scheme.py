@@ -55,9 +55,9 @@ class Scheme(ABC):
     """
 
     name: ClassVar[str]
-    needs_calibration: ClassVar[bool] = (
-        False  # whether it can only be made from sample rows (quantization/calibrate.py)
-    )
+    # whether it can only be made from sample rows (quantization/calibrate.py)
+    needs_calibration: ClassVar[bool] = False
+    has_kernel_in_c: ClassVar[bool] = False  # kernels/cpu
 
     @abstractmethod
     def parts(self, out_features: int, in_features: int) -> dict[str, Part]:

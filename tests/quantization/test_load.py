@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import alpaca_lora
 from alpaca_lora.device import Compute
 from alpaca_lora.errors import ConfigError, NumericalError
+from alpaca_lora.kernels.cpu.library import Library
 from alpaca_lora.models.linear import Linear
 from alpaca_lora.models.load import load_base as load_dense
 from alpaca_lora.models.load import packed_linears
@@ -55,6 +57,17 @@ def test_what_is_loaded_is_what_the_scheme_makes_of_the_stored_weights(folder: P
 
 def shapes(plan: Plan, base: Any) -> dict[str, tuple[int, int]]:
     return {name: tuple(base.model.get_submodule(name).weight.shape) for name in plan.schemes}
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_that_a_slow_kernel_is_in_use_is_said(folder: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Library(ctypes.CDLL(None), "compiled by cc")
+    monkeypatch.setattr("alpaca_lora.quantization.load.library", lambda: there)
+    assert not any("compiler" in one for one in load_base(str(folder), COMPUTE, quantize=scheme).notices)
+    without = Library(None, "plain torch (no C compiler here)")
+    monkeypatch.setattr("alpaca_lora.quantization.load.library", lambda: without)
+    said = [one for one in load_base(str(folder), COMPUTE, quantize=scheme).notices if "no C compiler here" in one]
+    assert len(said) == (scheme == "nf4")  # int8 is torch's own products
 
 
 def test_the_compute_dtype_does_not_change_the_codes(folder: Path) -> None:
