@@ -15,6 +15,7 @@ from alpaca_lora.kernels.rotary import rotate
 from alpaca_lora.models.attention import AttentionPlan
 from alpaca_lora.models.config import Activation, ModelConfig
 from alpaca_lora.models.linear import Linear, project
+from alpaca_lora.weights.file_rows import FileRows
 
 Device = torch.device | str | None
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cos_TE, sin_TE
@@ -28,12 +29,29 @@ def frozen(*shape: int, dtype: torch.dtype | None, device: Device) -> nn.Paramet
 class Embedding(nn.Module):
     """Rows of a table: ids_T -> x_TD."""
 
+    _rows: FileRows | None = None
+    _unchanged: tuple[int, int] | None = None  # what tells that the table is still the one in the file
+
     def __init__(self, num_rows: int, width: int, *, dtype: torch.dtype | None = None, device: Device = None) -> None:
         super().__init__()
         self.weight = frozen(num_rows, width, dtype=dtype, device=device)
 
+    def stay_in_file(self, rows: FileRows) -> None:
+        """Take the table from its file, where its rows are read as long as nobody trains, replaces or writes to it."""
+        self.weight = nn.Parameter(rows.weight, requires_grad=False)
+        self._rows, self._unchanged = rows, _state_of(self.weight)
+
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
+        if self._rows is not None and self._is_as_stored():
+            return self._rows.read(ids_T)
         return F.embedding(ids_T, self.weight)
+
+    def _is_as_stored(self) -> bool:
+        return not self.weight.requires_grad and _state_of(self.weight) == self._unchanged
+
+
+def _state_of(weight: torch.Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), weight._version
 
 
 class RMSNorm(nn.Module):

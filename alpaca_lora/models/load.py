@@ -21,6 +21,7 @@ from alpaca_lora.models.config import ModelConfig
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.models.linear import PackedLinear
 from alpaca_lora.text.tokenizer import Tokenizer
+from alpaca_lora.weights.file_rows import FileRows
 from alpaca_lora.weights.gguf import GgufFile, open_gguf
 from alpaca_lora.weights.hub import resolve
 from alpaca_lora.weights.huggingface import HuggingFaceFolder, open_folder
@@ -178,9 +179,24 @@ def read_weights(
         # the classification head is float32 everywhere
         tensor = source.read(name, dtype=torch.float32 if name == SCORE_WEIGHT else dtype).to(device)
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        module = model.get_submodule(owner)
+        if (rows := _stays_in_file(source, model, module, name, tensor)) is not None:
+            del tensor  # read to see that its numbers are finite
+            model.embeddings.stay_in_file(rows)
+        else:
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
     for name, linear in packed_linears(model) if names is None else ():
         linear.read(name, source, device)
+
+
+def _stays_in_file(
+    source: Source, model: CausalLM, module: nn.Module, name: str, tensor: torch.Tensor
+) -> FileRows | None:
+    """The token embedding of which only rows are used, on a processor, as it is in a file of its dtype."""
+    is_lookup = module is model.embeddings and model.lm_head is not None
+    if not is_lookup or tensor.device.type != "cpu" or isinstance(source, GgufFile):
+        return None
+    return source.rows_in_file(name, tensor.dtype)
 
 
 def packed_linears(model: nn.Module) -> list[tuple[str, PackedLinear]]:

@@ -18,7 +18,9 @@ import torch
 
 from alpaca_lora.errors import ModelFileError, UserError
 from alpaca_lora.weights.contained import contained_file, read_json
+from alpaca_lora.weights.file_rows import FileRows
 from alpaca_lora.weights.safetensors_file import (
+    DTYPES,
     Header,
     disk_error,
     opened,
@@ -38,6 +40,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MAX_SHARD_BYTES = 2 * 10**9
+LEAST_FILE_ROWS = 32 * 2**20  # bytes of a matrix that is worth leaving in its file
 SAFETENSORS_HINT = (
     "have the program that made it save it as safetensors (transformers does so with save_pretrained); "
     "pickle files can run code, so they are never opened here"
@@ -55,7 +58,7 @@ def open_folder(path: str | os.PathLike[str]) -> HuggingFaceFolder:
 
 
 class HuggingFaceFolder:
-    """A `TensorSource`. Each tensor is read into memory of its own; nothing of the files stays mapped."""
+    """A `TensorSource`. Each tensor is read into memory of its own; what `rows_in_file` gives stays in its file."""
 
     def __init__(self, path: Path) -> None:
         self.path = self.tokenizer_folder = path
@@ -105,6 +108,17 @@ class HuggingFaceFolder:
             return read_entry(self._files[shard], name, self._entry(name), dtype=dtype)
         except OSError as error:
             raise ModelFileError(f"cannot be read: {error.strerror}", file=self.path / shard, field=name) from error
+
+    def rows_in_file(self, name: str, dtype: torch.dtype) -> FileRows | None:
+        """A matrix that is stored in ``dtype`` as it lies in its file; None where it is another dtype, small, or where
+        the system cannot read by offset.
+        """
+        shard, entry = self._shard_of[name], self._entry(name)
+        is_large = entry.end - entry.start >= LEAST_FILE_ROWS
+        is_matrix = DTYPES[entry.dtype][1] == dtype and len(entry.shape) == 2 and entry.start % dtype.itemsize == 0
+        if not (is_large and is_matrix and hasattr(os, "preadv")):
+            return None
+        return FileRows(self.path / shard, name, entry.start, entry.shape, dtype)
 
     def close(self) -> None:
         for file in self._files.values():
