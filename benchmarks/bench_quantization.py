@@ -121,8 +121,15 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         chosen = [one for one in good if (one["run"] in PEERS) == is_peer]
         xs, ys = [one["weight_bytes"] / 1e6 for one in chosen], [one["perplexity"] for one in chosen]
         axes.scatter(xs, ys, marker=marker, color=color, label="others" if is_peer else "alpaca-lora", zorder=3)
-        for one, x, y in zip(chosen, xs, ys, strict=True):
-            axes.annotate(one["run"], (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
+    axes.margins(x=0.2, y=0.06)
+    axes.set_xlim(right=axes.get_xlim()[1] + 12)  # room for the last label
+    low, high = axes.get_ylim()
+    for one, x, y, y_text in _labels(good, (high - low) / 26):
+        axes.annotate(
+            one["run"], (x, y), xytext=(x + 4, y_text), fontsize=8, va="center",
+            color="#b4491f" if one["run"] in PEERS else "#1f6fb4",
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "lw": 0.6},
+        )  # fmt: skip
     axes.set_xlabel("bytes of the whole model, MB")
     axes.set_ylabel("perplexity, WikiText-2 (lower is better)")
     axes.grid(alpha=0.3)
@@ -130,6 +137,16 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def _labels(results: list[dict[str, Any]], least: float) -> list[tuple[dict[str, Any], float, float, float]]:
+    """(result, x, y, height of its label), the labels of points that stand about one above the other kept apart."""
+    found: list[tuple[dict[str, Any], float, float, float]] = []
+    for one in sorted(results, key=lambda one: one["perplexity"]):
+        x, y = one["weight_bytes"] / 1e6, one["perplexity"]
+        below = [height for _, other, _, height in found if abs(other - x) < 30]
+        found.append((one, x, y, max([y, *(height + least for height in below)])))
+    return found
 
 
 def main() -> None:

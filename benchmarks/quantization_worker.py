@@ -150,14 +150,13 @@ def load_peer(name: str, folder: str, transformers: Any) -> Any:
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     if name.startswith("torchao"):
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # what it has for processors
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         def is_body(module: torch.nn.Module, path: str) -> bool:
             return isinstance(module, torch.nn.Linear) and "lm_head" not in path
 
-        config = Int8WeightOnlyConfig() if name.endswith("int8") else Int4WeightOnlyConfig(
-            group_size=64, int4_packing_format="opaque"
-        )  # fmt: skip
+        config = Int8WeightOnlyConfig() if name.endswith("int8") else PrototypeInt4WeightOnlyConfig(group_size=64)
         quantize_(model, config, filter_fn=is_body)
     return model
 
