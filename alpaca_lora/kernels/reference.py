@@ -76,6 +76,28 @@ def visible(length: int, window: int | None, device: torch.device, num_before: i
     return (ahead >= 0) if window is None else (ahead >= 0) & (ahead < window)
 
 
+def paged_attention(
+    q_BHE: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """`attend_packed` of one token of each sequence behind its past: (B, H, E).
+
+    keys, values: a pool (num_blocks, block, K, E). Sequence b has ``lengths[b]`` places, its new token's the last;
+    place s is row s % block of block ``tables[b, s // block]`` (Kwon et al. 2023, section 4.3).
+    """
+    outs = []
+    for q_HE, table, length in zip(q_BHE, tables.tolist(), lengths.tolist(), strict=True):
+        used = table[: -(-length // keys.shape[1])]
+        k, v = (pool[used].flatten(0, 1)[:length] for pool in (keys, values))
+        outs.append(attend_packed(q_HE[None], k[-1:], v[-1:], [1], scale, window, (k[:-1], v[:-1])))
+    return torch.cat(outs)
+
+
 def linear_cross_entropy(
     hidden_ND: torch.Tensor,
     weight_VD: torch.Tensor,

@@ -62,9 +62,13 @@ def test_other_flags_source_or_processor_make_another_file(tmp_path: Path, monke
     monkeypatch.setattr(module, "cpu_flags", lambda: frozenset({"another"}))
     paths.add(compiled(compiler, FLAGS))
     monkeypatch.setattr(module, "__file__", str(tmp_path / "library.py"))
-    (tmp_path / "four_bit.c").write_text("int nothing;")
-    paths.add(compiled(compiler, FLAGS))
-    assert len(paths) == 4
+    for number, name in enumerate((*module.SOURCES, *module.HEADERS)):
+        (tmp_path / name).write_text(f"extern int nothing{number};")
+    for name in ("", *module.SOURCES, *module.HEADERS):
+        if name:
+            (tmp_path / name).write_text("extern int another;")
+        paths.add(compiled(compiler, FLAGS))
+    assert len(paths) == 4 + len(module.SOURCES) + len(module.HEADERS)
 
 
 @needs_compiler

@@ -25,7 +25,8 @@ import torch
 from alpaca_lora.device import cpu_flags
 from alpaca_lora.home import home
 
-SOURCES = ("four_bit.c",)
+SOURCES = ("four_bit.c", "paged_attention.c")
+HEADERS = ("bfloat16.h", "threads.h", "vectors.h")
 FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 # for this very processor, by the first that the compiler knows
 NATIVE = (("-march=native",), ("-mcpu=native",), ())
@@ -49,7 +50,7 @@ class Library:
         """
         assert self.handle is not None
         threads = max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
-        return getattr(self.handle, name)(*map(_argument, arguments), threads, _gnu_openmp())
+        return getattr(self.handle, name)(*map(_argument, (*arguments, threads)), _gnu_openmp())
 
 
 def _argument(value: Any) -> Any:
@@ -103,7 +104,7 @@ def compiled(compiler: list[str], flags: tuple[str, ...]) -> Path:
     ).stdout  # fmt: skip
     machine = (platform.machine(), platform.processor(), *sorted(cpu_flags()))
     digest = hashlib.sha256("\0".join((*compiler, version, *flags, *machine)).encode())
-    for source in sources:
+    for source in (*sources, *(Path(__file__).with_name(name) for name in HEADERS)):
         digest.update(source.read_bytes())
     path = home() / "kernels" / f"{digest.hexdigest()[:32]}.so"
     if path.exists():
