@@ -102,7 +102,9 @@ def run(config: GenerateConfig, *, resolved: Resolved[GenerateConfig], console: 
     )
     if prompts.system_prompt:
         _note(console, f"system prompt: {prompts.system_prompt}")
-    speaker = Speaker(Engine(base.model, base.tokenizer), prompts, sampling_params(config), stream=config.stream)
+    # a chat asks with all that was said before, which the engine has computed already
+    engine = Engine(base.model, base.tokenizer, keep_prefixes=True)
+    speaker = Speaker(engine, prompts, sampling_params(config), stream=config.stream)
     if config.prompt is None:
         return _chat(speaker, console)
     question = Conversation((Message("user", config.prompt, config.input),), "instruction", "--prompt", 0)

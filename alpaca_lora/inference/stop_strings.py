@@ -6,12 +6,20 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Hold back what may turn out to be a stop text; `push` until `found`, then or at the end `flush`."""
+    """Hold back what may turn out to be a stop text; `push` until `found`, then or at the end `flush`.
+
+    The stop text that is complete first ends the stream, of several that end in one place the longest: the same however
+    the text is cut into pieces. Time is linear in the text for each stop text, whatever its length (Knuth, Morris and
+    Pratt 1977).
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
         self.found = False
         self._held = ""
+        self._borders = [_borders(stop) for stop in self.stops]
+        # how many characters of each stop text the text so far ends with
+        self._num_open = [0] * len(self.stops)
 
     def push(self, text: str) -> str:
         """The text that is now certain. When a stop text was found: what stood before it, and nothing ever after."""
@@ -19,15 +27,15 @@ class StopStrings:
             return ""
         if not self.stops:
             return text
-        self._held += text
-        starts = [start for stop in self.stops if (start := self._held.find(stop)) >= 0]
-        if starts:
-            # the leftmost stop text wins, whatever the order in which they were given
-            certain, self._held, self.found = self._held[: min(starts)], "", True
-            return certain
-        num_held = max(self._num_open(stop) for stop in self.stops)
-        cut = len(self._held) - num_held
-        certain, self._held = self._held[:cut], self._held[cut:]
+        for place, character in enumerate(text):
+            length = self._take(character)
+            if length:
+                seen = self._held + text[: place + 1]
+                self._held, self.found = "", True
+                return seen[: len(seen) - length]
+        seen = self._held + text
+        cut = len(seen) - max(self._num_open)
+        certain, self._held = seen[:cut], seen[cut:]
         return certain
 
     def flush(self) -> str:
@@ -35,7 +43,27 @@ class StopStrings:
         rest, self._held = self._held, ""
         return rest
 
-    def _num_open(self, stop: str) -> int:
-        """The most characters at the end of the held text that a stop text begins with."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+    def _take(self, character: str) -> int:
+        """One more character; the length of the stop text that it completes, or 0."""
+        completed = 0
+        for number, stop in enumerate(self.stops):
+            num_open, borders = self._num_open[number], self._borders[number]
+            while num_open and stop[num_open] != character:
+                num_open = borders[num_open - 1]
+            num_open += stop[num_open] == character
+            self._num_open[number] = num_open
+            if num_open == len(stop):
+                completed = max(completed, num_open)
+        return completed
+
+
+def _borders(stop: str) -> list[int]:
+    """For each beginning of `stop`: the length of its longest proper beginning that it also ends with."""
+    borders = [0] * len(stop)
+    length = 0
+    for place in range(1, len(stop)):
+        while length and stop[place] != stop[length]:
+            length = borders[length - 1]
+        length += stop[place] == stop[length]
+        borders[place] = length
+    return borders

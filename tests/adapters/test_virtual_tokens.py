@@ -148,16 +148,16 @@ def recomputed(model: CausalLM, prompt_ids: tuple[int, ...], num_tokens: int) ->
 
 @both
 @pytest.mark.parametrize("name", ["llama2-grouped-query", "gemma3", "gpt-neo", "qwen2-window"])
-@pytest.mark.parametrize("prefill_tokens", [3, 2048])
+@pytest.mark.parametrize("step_tokens", [3, 2048])
 def test_generation_with_a_cache_equals_recomputing(
-    method: type[VirtualTokenAdapter], name: str, prefill_tokens: int
+    method: type[VirtualTokenAdapter], name: str, step_tokens: int
 ) -> None:
     model = ours_from(hf_model(name))
     adapter = attach(method, model)
     train_a_little(adapter)
     asked = [Request(tuple(row.tolist()), SamplingParams(max_new_tokens=8)) for row in ROWS]
     tokenizer: Any = ByteTokenizer()
-    completions = Engine(model, tokenizer, max_running=3, prefill_tokens=prefill_tokens).generate(asked)
+    completions = Engine(model, tokenizer, max_running=3, step_tokens=step_tokens).generate(asked)
     want = [recomputed(model, request.prompt_ids, 8) for request in asked]
     assert [completion.token_ids for completion in completions] == want
     adapter.remove()

@@ -12,6 +12,7 @@ from alpaca_lora.inference.engine import Engine
 from alpaca_lora.inference.request import Request, SamplingParams
 from alpaca_lora.models.attention import Packed
 from alpaca_lora.models.decoder import CausalLM
+from alpaca_lora.models.rope import RopeConfig
 from tests.models.hf_models import MODELS, hf_model, ours_from
 from tests.tiny import ByteTokenizer, tiny_model
 
@@ -57,11 +58,11 @@ def test_greedy_equals_transformers_alone_and_in_a_batch(name: str) -> None:
 @pytest.mark.parametrize(
     "overrides", [{}, {"windows": (4, None)}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True}]
 )
-@pytest.mark.parametrize("prefill_tokens", [3, 2048])
-def test_cache_chunks_and_batches_equal_recomputing(overrides: dict[str, Any], prefill_tokens: int) -> None:
+@pytest.mark.parametrize("step_tokens", [3, 2048])
+def test_cache_chunks_and_batches_equal_recomputing(overrides: dict[str, Any], step_tokens: int) -> None:
     model = tiny_model(**overrides)
     asked = requests((7, 2, 20, 3, 11))
-    completions = Engine(model, TOKENIZER, max_running=3, prefill_tokens=prefill_tokens).generate(asked)
+    completions = Engine(model, TOKENIZER, max_running=3, step_tokens=step_tokens).generate(asked)
     for request, completion in zip(asked, completions, strict=True):
         assert completion.token_ids == recomputed(model, request.prompt_ids, 10)
 
@@ -153,6 +154,62 @@ def test_a_stream_can_be_closed_and_the_engine_used_again() -> None:
     assert engine.generate(requests((5,)))[0].token_ids == recomputed(engine.model, prompts((5,))[0], 10)
 
 
+def test_two_streams_of_one_engine_do_not_disturb_each_other() -> None:
+    engine = Engine(tiny_model(), TOKENIZER)
+    asked = [requests((5, 9), max_new_tokens=20), requests((7, 3, 4), max_new_tokens=12)]
+    want = [[answer.token_ids for answer in engine.generate(some)] for some in asked]
+    streams = [engine.stream(some) for some in asked]
+    said: list[dict[int, list[int]]] = [{}, {}]
+    while any(events := [next(stream, None) for stream in streams]):
+        for place, event in enumerate(events):
+            if event is not None:
+                said[place].setdefault(event.index, []).extend(event.token_ids)
+    assert [[tuple(one[i]) for i in sorted(one)] for one in said] == want
+    assert not engine.has_work
+
+
+def test_a_model_that_changes_between_two_calls_answers_as_it_is() -> None:
+    model, (request,) = tiny_model(), requests((40,))
+    engine = Engine(model, TOKENIZER)
+    assert engine.generate([request])[0].token_ids == recomputed(model, request.prompt_ids, 10)
+    other = tiny_model(1)
+    model.load_state_dict(other.state_dict())
+    (after,) = engine.generate([request])
+    assert after.token_ids == recomputed(other, request.prompt_ids, 10) and after.cached_tokens == 0
+    # the negative control: an engine that was promised otherwise goes on with the old keys and values
+    keeping = Engine(model, TOKENIZER, keep_prefixes=True)
+    keeping.generate([request])
+    model.load_state_dict(tiny_model().state_dict())
+    (stale,) = keeping.generate([request])
+    assert stale.cached_tokens == 32 and stale.token_ids != recomputed(model, request.prompt_ids, 10)
+    keeping.forget_prefixes()
+    assert keeping.generate([request])[0].token_ids == recomputed(model, request.prompt_ids, 10)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 33, 511])
+def test_prompts_of_every_length_against_the_blocks(length: int) -> None:
+    model = tiny_model()
+    engine = Engine(model, TOKENIZER, keep_prefixes=True)
+    (request,) = requests((length,), max_new_tokens=4)
+    want = recomputed(model, request.prompt_ids, min(4, 512 - length))
+    for num_cached in (0, (length - 1) // 16 * 16):
+        (answer,) = engine.generate([request])
+        assert (answer.token_ids, answer.cached_tokens) == (want, num_cached)
+
+
+def test_dynamic_ropes_are_never_cut_shared_or_batched() -> None:
+    ropes = (RopeConfig(10_000.0, "dynamic", factor=4.0, trained_positions=16),)
+    model = tiny_model(ropes=ropes, max_position_embeddings=16)
+    engine = Engine(model, TOKENIZER, max_running=4, step_tokens=8, keep_prefixes=True)
+    assert engine.context_length == 64
+    asked = requests((40, 40, 7), max_new_tokens=6)
+    alone = [Engine(model, TOKENIZER).generate([request])[0].token_ids for request in asked]
+    for _ in range(2):
+        answers = engine.generate(asked)
+        assert [answer.token_ids for answer in answers] == alone
+        assert not any(answer.cached_tokens for answer in answers)
+
+
 def test_no_requests_no_answers() -> None:
     assert Engine(tiny_model(), TOKENIZER).generate([]) == []
 
@@ -161,5 +218,5 @@ def test_no_requests_no_answers() -> None:
 def test_a_gpu_says_the_same() -> None:
     asked = [*requests((7, 2, 20)), *requests((9,), temperature=1.0, seed=3, repetition_penalty=1.2)]
     on_cpu = Engine(tiny_model(windows=(4, None)), TOKENIZER).generate(asked)
-    on_gpu = Engine(tiny_model(windows=(4, None)).cuda(), TOKENIZER, prefill_tokens=8).generate(asked)
+    on_gpu = Engine(tiny_model(windows=(4, None)).cuda(), TOKENIZER, max_running=3, step_tokens=8).generate(asked)
     assert [answer.token_ids for answer in on_gpu] == [answer.token_ids for answer in on_cpu]
