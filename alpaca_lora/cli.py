@@ -20,6 +20,7 @@ COMMANDS = {
     "finetune": "fine-tune a base model on a data file; the reference recipe is configs/finetune.yml",
     "check": "everything finetune does before its first step, and two probe steps; trains nothing",
     "generate": "answer a prompt, or chat in the terminal, with a base model and an adapter",
+    "serve": "answer over HTTP, in the shapes of OpenAI's API, with many adapters at once, and a page to talk to them",
     "merge": "fold an adapter into its base model and write a Hugging Face folder",
     "combine": "make one LoRA adapter of several that were trained on the same base model",
     "quantize": "write a base model with its weights in fewer bits, as a folder that every command takes",

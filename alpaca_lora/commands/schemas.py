@@ -17,6 +17,7 @@ from alpaca_lora.errors import ConfigError
 from alpaca_lora.inference.options import GenerationOptions
 from alpaca_lora.models.options import ModelOptions
 from alpaca_lora.quantization.options import QatOptions, QuantizationOptions, QuantizeOptions
+from alpaca_lora.server.options import ServeOptions
 from alpaca_lora.text.options import TextOptions
 from alpaca_lora.training.options import TrainingOptions
 
@@ -82,6 +83,10 @@ class CheckConfig(FinetuneConfig):
 
 class GenerateConfig(ModelOptions, QuantizationOptions, GenerationOptions, TextOptions):
     """A base model, perhaps an adapter, and how to answer."""
+
+
+class ServeConfig(ModelOptions, QuantizationOptions, ServeOptions, TextOptions):
+    """A base model, adapters beside it, and how they are served."""
 
 
 class MergeOptions(Options):
@@ -176,6 +181,7 @@ SCHEMAS: dict[str, type[Options]] = {
     "finetune": FinetuneConfig,
     "check": CheckConfig,
     "generate": GenerateConfig,
+    "serve": ServeConfig,
     "merge": MergeConfig,
     "combine": CombineConfig,
     "quantize": QuantizeConfig,
