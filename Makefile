@@ -1,10 +1,10 @@
 # setup: .venv with everything | demo: the whole road on a small shop | check: style and types | test: all tests
-# bench: side by side with peft + transformers
+# serve: the service and its page on the demo's adapter | bench: side by side with peft + transformers
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo check test bench
+.PHONY: setup demo serve check test bench
 
 setup: $(STAMP)
 
@@ -15,6 +15,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python examples/demo.py
+
+serve: setup
+	test -f runs/demo/adapter_model.safetensors || $(BIN)/python examples/demo.py
+	$(BIN)/alpaca-lora serve --config configs/serve.yml --lora shop=runs/demo
 
 check: setup
 	$(BIN)/ruff format --check .

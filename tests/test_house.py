@@ -14,7 +14,16 @@ MAX_LINES = 400
 MAX_FUNCTION_LINES = 60
 FORBIDDEN_NAMES = {"utils", "util", "common", "misc", "helpers", "helper", "legacy", "base2"}
 ORACLES = {"transformers", "peft", "accelerate", "datasets", "bitsandbytes", "psutil", "hypothesis", "pytest"}
-OPTIONAL = {"huggingface_hub", "wandb", "tensorboard", "torch.utils.tensorboard", "matplotlib", "resource", "zstandard"}
+OPTIONAL = {
+    "llguidance",
+    "huggingface_hub",
+    "wandb",
+    "tensorboard",
+    "torch.utils.tensorboard",
+    "matplotlib",
+    "resource",
+    "zstandard",
+}
 MUTATORS = {"append", "add", "update", "pop", "popitem", "clear", "extend", "insert", "remove", "discard", "setdefault"}
 HARDWARE = re.compile(
     r"torch\.(cuda|mps|backends\.(mps|cuda|cpu))\b|torch\.set_num_threads|os\.(cpu_count|sched_getaffinity)|psutil\."
