@@ -355,10 +355,10 @@ def test_chunks_of_a_prompt(length: int, start: int, window: int | None, dtype: 
 def test_on_a_gpu(dtype: torch.dtype, window: int | None) -> None:
     pool = Pool([300, 1, 17], 9, 3, 64, 16, dtype)
     exact_BHE = pool.exact(window)
-    tensors = [x.cuda() for x in pool.arguments()[:5]]
-    out_BHE = paged_attention(*tensors, pool.scale, window)
+    q, keys, values, tables, lengths = (x.cuda() for x in pool.arguments()[:5])
+    out_BHE = paged_attention(q, keys, values, tables, lengths, pool.scale, window)
     assert (out_BHE.cpu().double() - exact_BHE).abs().max() <= TOLERANCE[dtype] * exact_BHE.abs().max().clamp(min=1)
     k_TKE, v_TKE = (randn(3, 3, 64, dtype=dtype, seed=i).cuda() for i in range(2))
-    keys, values, places = pool.keys.cuda(), pool.values.cuda(), torch.tensor([5, 40, 16]).cuda()
+    places = torch.tensor([5, 40, 16]).cuda()
     write_paged(k_TKE, v_TKE, keys, values, places)
     assert torch.equal(keys.flatten(0, 1)[places], k_TKE) and torch.equal(values.flatten(0, 1)[places], v_TKE)
