@@ -7,16 +7,15 @@
    rounded one by one (-ffp-contract=off), so that plain torch computes the same bits; only `multiply_four_bit` adds up
    in an order of its own. Each block has its own table of sixteen values: a weight costs a look-up and nothing else. */
 
-#include <pthread.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
-#define MAX_THREADS 64
-#define SHARES_PER_THREAD 4
+#include "bfloat16.h"
+#include "threads.h"
+
 #define TOKENS 4 /* multiplied at once: what is more leaves the registers */
 #define ROWS 4   /* the same; each token's inputs are loaded once for all of them */
 #define MAX_BLOCK 4096
@@ -32,48 +31,6 @@ typedef struct {
     int32_t nested_shift;
     int64_t in_features, block;
 } Weight;
-
-/* ---- threads: those of torch's own OpenMP where it is GNU's, so that no second set fights it; else new ones ---- */
-
-typedef void (*Work)(const void *job, int64_t first, int64_t last);
-typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
-
-typedef struct {
-    Work work;
-    const void *job;
-    int64_t next, end, step;
-} Task;
-
-static void take_shares(void *argument) {
-    Task *task = argument;
-    int64_t first;
-    while ((first = __atomic_fetch_add(&task->next, task->step, __ATOMIC_RELAXED)) < task->end)
-        task->work(task->job, first, first + task->step < task->end ? first + task->step : task->end);
-}
-
-static void *take_shares_thread(void *argument) {
-    take_shares(argument);
-    return 0;
-}
-
-static void share(Work work, const void *job, int64_t end, int64_t num_threads, Parallel parallel) {
-    if (num_threads > MAX_THREADS) num_threads = MAX_THREADS;
-    if (num_threads > end) num_threads = end;
-    if (num_threads <= 1) {
-        work(job, 0, end);
-        return;
-    }
-    Task task = {work, job, 0, end, (end + num_threads * SHARES_PER_THREAD - 1) / (num_threads * SHARES_PER_THREAD)};
-    if (parallel) {
-        parallel(take_shares, &task, (unsigned)num_threads, 0);
-        return;
-    }
-    pthread_t threads[MAX_THREADS];
-    int64_t started = 0;
-    while (started < num_threads - 1 && !pthread_create(&threads[started], 0, take_shares_thread, &task)) started++;
-    take_shares(&task);
-    for (int64_t i = 0; i < started; i++) pthread_join(threads[i], 0);
-}
 
 /* ---- one block ---- */
 
@@ -94,20 +51,6 @@ static inline __m512 block_table(const Weight *w, int64_t block) { /* the same i
     return _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(w->table), zero), scale);
 }
 #endif
-
-static inline uint16_t to_bfloat16(float value) { /* to nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if (value != value) return 0x7fc0;
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-static inline float from_bfloat16(uint16_t stored) {
-    uint32_t bits = (uint32_t)stored << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
 
 static inline int code_at(const uint8_t *codes, int64_t element) {
     uint8_t both = codes[element >> 1];
