@@ -1,4 +1,8 @@
-"""A text ten times as long takes at most fifteen times as long, however hostile it is."""
+"""A text ten times as long takes about ten times as long, however hostile it is.
+
+What is quadratic takes a hundred times as long. The bound lies between both, far from each: a processor that others
+share makes caches smaller and one try longer, and does not make a tenfold text thirty times as long.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import pytest
 
 from alpaca_lora.safety.policy import Policy
 
-SMALL, LARGE, MOST = 100_000, 1_000_000, 15.0  # bytes, bytes, ratio
+SMALL, LARGE, MOST = 100_000, 1_000_000, 30.0  # bytes, bytes, ratio
 
 
 def _random_letters(size: int) -> str:
