@@ -130,15 +130,19 @@ class AdapterBank:
 
         AdapterError for an unknown name; else as `load`.
         """
-        with self._lock:
-            if (adapter := self._used(name)) is not None:
-                return adapter
+        if (adapter := self.acquire_resident(name)) is not None:
+            return adapter
         with self._turn(name):
             with self._lock:
                 if (adapter := self._used(name)) is not None:
                     return adapter
                 entry = self._entry(name)
             return self._read(name, entry.folder, pinned=entry.pinned, is_used=True)
+
+    def acquire_resident(self, name: str) -> LoadedAdapter | None:
+        """As `acquire`, without reading anything: None for an adapter that has left. AdapterError for an unknown name."""
+        with self._lock:
+            return self._used(name)
 
     def release(self, adapter: LoadedAdapter) -> None:
         """End one use. ValueError for an adapter that is not in use."""

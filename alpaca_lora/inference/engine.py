@@ -106,11 +106,8 @@ class Engine:
         """Tokens of prompt and answer together that the model has positions for, those of its prefix left out."""
         return self._num_positions - self.model.prefix_length
 
-    def context_of(self, adapter: str | None) -> int:
-        """The same for requests with this adapter, whose virtual tokens take positions too."""
-        return self._context_behind(self._find(adapter))
-
     def _context_behind(self, adapter: LoadedAdapter | None) -> int:
+        """The same for requests with this adapter, whose virtual tokens take positions too."""
         return self.context_length - (0 if adapter is None else adapter.num_virtual)
 
     def _find(self, name: str | None) -> LoadedAdapter | None:
@@ -173,12 +170,10 @@ class Engine:
 
         UserError for one that can never be answered, and whatever the bank raises for an adapter that is not there.
         """
-        known = self._find(request.adapter)
-        self._check(request, known)
+        # held before anything is read of it: another one may get its name at any time
         adapter = None if request.adapter is None else self._adapters.acquire(request.adapter)
         try:
-            if adapter is not known:  # loaded again in this moment
-                self._check(request, adapter)
+            self._check(request, adapter)
             context = self._context_behind(adapter)
             table = BlockTable(
                 self._pool, "" if adapter is None else adapter.digest, request.salt, reuse=self._reuse
@@ -240,8 +235,9 @@ class Engine:
     def stream(self, requests: Many[Request]) -> Iterator[Event]:
         """Events as text becomes certain; the last event of each request brings its completion. Close it to stop early.
 
-        UserError for a prompt that is empty or leaves no room for a token in the model's context; NumericalError when
-        an answer cannot go on. The index of an event is the place of its request in the list.
+        UserError for a prompt that is empty or leaves no room for a token in the model's context, or for a grammar that
+        cannot go on; NumericalError for logits that are not finite. The index of an event is the place of its request
+        in the list.
         """
         for request in requests:
             self._check(request, self._find(request.adapter))
@@ -264,7 +260,7 @@ class Engine:
                         continue
                     done = event.completion
                     if done is not None and done.error is not None:
-                        raise NumericalError(done.error)
+                        raise done.error
                     num_open -= done is not None
                     yield Event(places[event.index], event.text, done, event.token_ids, event.logprobs)
         finally:
@@ -289,7 +285,7 @@ class Engine:
 
     def _push(self, sequence: Sequence, outcome: Choice | AlpacaLoraError) -> Event:
         if isinstance(outcome, AlpacaLoraError):
-            return self._fail(sequence, str(outcome))
+            return self._fail(sequence, outcome)
         self._generation_tokens += 1
         event = sequence.push(outcome.token_id, outcome.logprob)
         if event.completion is not None:
@@ -299,11 +295,12 @@ class Engine:
     def _classify(self, sequence: Sequence, logits_C: torch.Tensor) -> Event:
         class_logits = tuple(logits_C.tolist())
         if not all(map(math.isfinite, class_logits)):
-            return self._fail(sequence, "the class head's logits are not finite, check the weights and the adapter")
+            error = NumericalError("the class head's logits are not finite", fix="check the weights and the adapter")
+            return self._fail(sequence, error)
         self._end(sequence)
         return sequence.classify(class_logits)
 
-    def _fail(self, sequence: Sequence, error: str) -> Event:
+    def _fail(self, sequence: Sequence, error: AlpacaLoraError) -> Event:
         sequence.table.forget()
         self._end(sequence)
         return sequence.fail(error)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from alpaca_lora.errors import ConfigError
+from alpaca_lora.errors import AlpacaLoraError, ConfigError
 from alpaca_lora.inference.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -100,13 +100,24 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Times(NamedTuple):
+    """Seconds that one request waited for its turn, took from then to its first token (or its classes), and from there
+    to its last token.
+    """
+
+    queue: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One answer.
 
     text: without the stop text or stop token. token_ids: every token that was made, the stop token included.
     finish_reason: `stop` (a stop id or stop text came, the grammar is complete, or the classes), `length`
-    (max_new_tokens, or the model's context is full), `cancelled`, or `error`, with the message in `error`.
+    (max_new_tokens, or the model's context is full), `cancelled`, or `error`, with what went wrong in `error`: a
+    NumericalError, or the UserError of a grammar that cannot go on.
     cached_tokens: of the prompt, how many were not computed because an earlier request had them. logprobs: of each
     token, where they were asked for. class_logits: of a request of kind `classify`, in the order of the head's labels.
     """
@@ -117,8 +128,9 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] | None = None
-    error: str | None = None
+    error: AlpacaLoraError | None = None
     class_logits: tuple[float, ...] | None = None
+    times: Times = field(default=Times(), compare=False)
 
     @property
     def completion_tokens(self) -> int:

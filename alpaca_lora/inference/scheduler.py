@@ -123,8 +123,9 @@ class Scheduler:
         table.reserve(len(ids))
         if sequence.num_cached is None:
             # only the first start counts: what a sequence that gave up finds again was not saved
-            sequence.num_cached = max(0, num_found - sequence.num_virtual)
-            self.cached_tokens += sequence.num_cached
+            num_cached = max(0, num_found - sequence.num_virtual)
+            sequence.begin(num_cached)
+            self.cached_tokens += num_cached
             self.prompt_tokens += len(ids) - sequence.num_virtual
         if num_found < sequence.num_virtual:
             self._fill(sequence, num_found)

@@ -5,11 +5,14 @@ A place is what takes room in the cache: the adapter's virtual tokens first, the
 
 from __future__ import annotations
 
+import time
+
 import torch
 
+from alpaca_lora.errors import AlpacaLoraError
 from alpaca_lora.inference.block_table import VIRTUAL, BlockTable
 from alpaca_lora.inference.loaded_adapter import LoadedAdapter
-from alpaca_lora.inference.request import Completion, Event, FinishReason, Request, TokenLogprob
+from alpaca_lora.inference.request import Completion, Event, FinishReason, Request, Times, TokenLogprob
 from alpaca_lora.inference.sampler import Sampler
 from alpaca_lora.inference.stop_strings import StopStrings
 from alpaca_lora.text.detokenizer import Detokenizer
@@ -37,6 +40,9 @@ class Sequence:
         self._stops = StopStrings(request.params.stop)
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
+        self._came_at = time.perf_counter()
+        self._began_at: float | None = None  # when its turn came,
+        self._first_at: float | None = None  # and when its first token was there
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -52,8 +58,14 @@ class Sequence:
         """Places whose keys and values are not there yet."""
         return len(self.ids) - self.table.length
 
+    def begin(self, num_cached: int) -> None:
+        """Its turn has come for the first time; of the prompt, ``num_cached`` tokens need not be computed."""
+        self.num_cached, self._began_at = num_cached, time.perf_counter()
+
     def push(self, token_id: int, logprob: TokenLogprob | None = None) -> Event:
         """Take the next token; the event holds the text that has become certain, and the completion at the end."""
+        if self._first_at is None:
+            self._first_at = time.perf_counter()
         self.ids.append(token_id)
         new = (token_id,), () if logprob is None else (logprob,)
         self._logprobs += new[1]
@@ -72,9 +84,10 @@ class Sequence:
         """End here, with all the text there is."""
         return self._finish(self._stops.push(self._detokenizer.flush()), "cancelled")
 
-    def fail(self, error: str) -> Event:
+    def fail(self, error: AlpacaLoraError) -> Event:
         """End here because of ``error``."""
-        return self._finish("", "error", error=error)
+        # its traceback would keep the tensors of the step alive as long as somebody keeps the completion
+        return self._finish("", "error", error=error.with_traceback(None))
 
     def classify(self, class_logits: tuple[float, ...]) -> Event:
         """End with the classes of the prompt."""
@@ -86,7 +99,7 @@ class Sequence:
         reason: FinishReason,
         new: tuple[tuple[int, ...], tuple[TokenLogprob, ...]] = ((), ()),
         *,
-        error: str | None = None,
+        error: AlpacaLoraError | None = None,
         class_logits: tuple[float, ...] | None = None,
     ) -> Event:
         if self._stops.found and reason == "length":
@@ -96,5 +109,13 @@ class Sequence:
         completion = Completion(
             "".join(self._texts), self.token_ids, reason, len(self.request.prompt_ids), self.num_cached or 0,
             None if self.request.params.logprobs is None else tuple(self._logprobs), error, class_logits,
+            self._times(),
         )  # fmt: skip
         return Event(self.index, text, completion, *new)
+
+    def _times(self) -> Times:
+        """As of now; what it never came to took no time."""
+        now = time.perf_counter()
+        began_at = now if self._began_at is None else self._began_at
+        first_at = now if self._first_at is None else self._first_at
+        return Times(began_at - self._came_at, first_at - began_at, now - first_at)

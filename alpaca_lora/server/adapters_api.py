@@ -50,7 +50,7 @@ class AdaptersApi:
         turn = service.enter(request)
         try:
             asked = await service.read(request, AdapterRequest)
-            loaded = await service.workers.run(self._load, asked, folder)
+            loaded = await service.loaders.run(self._load, asked, folder)
             service.log.warning("adapter loaded", key=turn.caller.name, name=loaded.name, digest=loaded.digest)
             return JSONResponse(self._json(loaded), 201)
         finally:
@@ -61,7 +61,7 @@ class AdaptersApi:
         self._admin_folder(request)
         service, name = self._service, request.path_params["name"]
         try:
-            await service.workers.run(service.models.bank.unload, name)
+            await service.loaders.run(service.models.bank.unload, name)
         except AlpacaLoraError as error:
             raise _unknown(name) from error
         service.models.forget(name)

@@ -65,8 +65,9 @@ async def _begin(
 ) -> tuple[Generation, Reply]:
     job, reply = await prepare(fields, turn)
     generation = Generation(
-        job, service.bridge, service.rail_workers, service.metrics, lambda notes: service.audit(turn, notes)
-    )
+        job, service.bridge, service.rail_workers, service.metrics, service.holding,
+        lambda notes: service.audit(turn, notes),
+    )  # fmt: skip
     service.admit(len(job.questions) * job.n)
     turn.on_close.append(generation.close)
     await generation.start()

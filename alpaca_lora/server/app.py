@@ -57,7 +57,8 @@ def create_app(
     log, keys, pages = RequestLog(), keys or KeyRing(), pages or StaticFiles()
     bridge = Bridge(engine, on_failure=lambda error: log.defect(error, thread="engine"))
     service = Service(
-        options, bridge, ServedModels(base_name, fingerprint, prompts, bank), Workers(), Workers(), grammars, policy_of,
+        options, bridge, ServedModels(base_name, fingerprint, prompts, bank), Workers(), Workers(), Workers(2),
+        grammars, policy_of,
         KeyLimits(requests_per_minute=options.requests_per_minute, max_concurrency=options.max_concurrency),
         Metrics(base_name, lambda: bridge.stats), Lifecycle(), log,
     )  # fmt: skip
@@ -68,8 +69,8 @@ def create_app(
         service.lifecycle.state = "ready"
         yield
         await bridge.stop(STOP_SECONDS)
-        service.workers.close()
-        service.rail_workers.close()
+        for workers in (service.workers, service.rail_workers, service.loaders):
+            workers.close()
 
     app = FastAPI(
         title="alpaca-lora", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan,

@@ -47,7 +47,8 @@ class Classifier:
         params = SamplingParams(max_new_tokens=1)
         requests = [EngineRequest(tuple(ids), params, model.adapter, salt, kind="classify") for ids, _ in rows]
         try:
-            ticket = await self._service.bridge.submit(requests)
+            async with self._service.holding(model):
+                ticket = await self._service.bridge.submit(requests)
         except AlpacaLoraError as error:
             raise of_error(error, param="input") from error
         done: dict[int, Completion] = {}
@@ -133,7 +134,8 @@ def _policy(record: AdapterRecord | None, context_length: int) -> tuple[EncodePo
 
 def _label(done: Completion, model: ServedModel, truncated: bool) -> Label:
     if done.class_logits is None:
-        raise ApiError(500, done.error or "The text was not classified", kind="server_error", code="classify_failed")
+        why = "The text was not classified" if done.error is None else str(done.error)
+        raise ApiError(500, why, kind="server_error", code="classify_failed")
     top = max(done.class_logits)
     weights = [math.exp(value - top) for value in done.class_logits]
     shares = {name: weight / sum(weights) for name, weight in zip(model.labels, weights, strict=True)}

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from alpaca_lora.errors import AdapterError, AlpacaLoraError
+from alpaca_lora.errors import AdapterError, AlpacaLoraError, UserError
 from alpaca_lora.inference.request import Event, Request, SamplingParams, TokenLogprob
 from alpaca_lora.server.bridge import Bridge
 from alpaca_lora.server.errors import ApiError, of_error, unavailable, unknown_model
@@ -20,6 +21,8 @@ from alpaca_lora.server.rails import Note, OutputRail, Rails, Ruling
 from alpaca_lora.server.served_models import ServedModel
 from alpaca_lora.server.ticket import Ticket
 from alpaca_lora.server.workers import Workers
+
+Hold = Callable[[ServedModel], AbstractAsyncContextManager[None]]  # see `adapter_hold.held`
 
 
 class Delta(NamedTuple):
@@ -65,7 +68,6 @@ class _Choice:
     held: list[TokenLogprob] = field(default_factory=list)
     changed: bool = False
     is_done: bool = False
-    first_at: float = 0.0
     last_at: float = 0.0
 
 
@@ -73,10 +75,14 @@ class Generation:
     """`start` it, then read `deltas` to their end; `close` it in any case."""
 
     def __init__(
-        self, job: Job, bridge: Bridge, workers: Workers, metrics: Metrics, audit: Callable[[Iterable[Note]], None]
-    ) -> None:
-        """``workers``: where output rails run; ``audit`` is told what rails found."""
-        self.job, self._bridge, self._workers, self._metrics, self._audit = job, bridge, workers, metrics, audit
+        self, job: Job, bridge: Bridge, workers: Workers, metrics: Metrics, hold: Hold,
+        audit: Callable[[Iterable[Note]], None],
+    ) -> None:  # fmt: skip
+        """``workers``: where output rails run; ``hold`` keeps the model's adapter in memory; ``audit`` is told what
+        rails found.
+        """
+        self.job, self._bridge, self._workers, self._metrics = job, bridge, workers, metrics
+        self._hold, self._audit = hold, audit
         self.usage = Usage()
         self._choices = [
             _Choice(
@@ -89,7 +95,7 @@ class Generation:
         self._start = time.perf_counter()
 
     async def start(self) -> None:
-        """Give the requests to the engine. ApiError when it refuses one."""
+        """Give the requests to the engine, with their adapter in memory. ApiError when it refuses one."""
         job = self.job
         for question in job.questions:
             self._audit(question.notes)
@@ -101,7 +107,8 @@ class Generation:
             for choice in self._asked
         ]
         try:
-            self._ticket = await self._bridge.submit(requests)
+            async with self._hold(job.model):
+                self._ticket = await self._bridge.submit(requests)
         except AdapterError as error:
             if error.field == "name":  # unloaded since its name was looked up
                 raise unknown_model(job.model.name) from error
@@ -153,8 +160,9 @@ class Generation:
             choice.held.clear()
         if reason is not None:
             choice.is_done = True
-            decoding = choice.last_at - choice.first_at if choice.num_tokens else None
-            self._metrics.finished(self.job.model.name, reason, time.perf_counter() - self._start, decoding)
+            self._metrics.finished(self.job.model.name, reason, time.perf_counter() - self._start)
+            if event.completion is not None:
+                self._metrics.computed(self.job.model.name, event.completion)
         return Delta(choice.number, ruling.text, logprobs, reason, ruling.refusal)
 
     def _finish_reason(self, event: Event) -> str | None:
@@ -163,7 +171,9 @@ class Generation:
             return None
         if done.finish_reason == "error":
             self._metrics.finished(self.job.model.name, "error", time.perf_counter() - self._start)
-            raise ApiError(500, done.error or "The answer failed", kind="server_error", code="generation_failed")
+            if isinstance(done.error, UserError):  # the grammar that was asked for cannot go on
+                raise of_error(done.error, param="response_format")
+            raise ApiError(500, str(done.error), kind="server_error", code="generation_failed")
         if done.finish_reason == "cancelled":
             raise unavailable("The answer was cancelled by the server", "cancelled")
         return done.finish_reason
@@ -177,7 +187,6 @@ class Generation:
             if choice.number % self.job.n == 0:
                 self.usage.cached_tokens += event.completion.cached_tokens
         if new and not choice.num_tokens:
-            choice.first_at = now
             self._metrics.first_token(self.job.model.name, now - self._start)
         elif new:
             self._metrics.between_tokens(self.job.model.name, (now - choice.last_at) / new, new)

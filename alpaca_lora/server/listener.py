@@ -27,6 +27,7 @@ from alpaca_lora.server.service import Service
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GOODBYE_SECONDS = 2.0  # for the last events to be written
+GRACEFUL_SECONDS = 3  # for open connections, after that
 SPARE_CONNECTIONS = 512  # beside those of answers: health checks, the page, whoever is told to come back
 MAX_UNREAD_HEAD_BYTES = 65536  # of a head that has not ended; a whole one has the limit of `frame`
 
@@ -59,7 +60,7 @@ class Listener(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, http=GuardedProtocol, ws="none", loop="asyncio", lifespan="on", log_config=None, access_log=False,
-                server_header=False, proxy_headers=False, timeout_keep_alive=30, timeout_graceful_shutdown=3,
+                server_header=False, proxy_headers=False, timeout_keep_alive=30, timeout_graceful_shutdown=GRACEFUL_SECONDS,
                 limit_concurrency=options.max_running + options.max_queue + SPARE_CONNECTIONS,
                 h11_max_incomplete_event_size=MAX_UNREAD_HEAD_BYTES,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -11,6 +12,7 @@ from starlette.requests import Request
 
 from alpaca_lora.inference.grammar import Grammar
 from alpaca_lora.safety.audit import audit_line
+from alpaca_lora.server.adapter_hold import held
 from alpaca_lora.server.bridge import Bridge
 from alpaca_lora.server.errors import ApiError, too_late, too_many
 from alpaca_lora.server.json_body import parse, read_body
@@ -65,13 +67,16 @@ class Turn:
 
 @dataclass
 class Service:
-    """All that an answer needs. What rails do runs in ``rail_workers``, where it may wait for what ``workers`` do."""
+    """All that an answer needs. What rails do runs in ``rail_workers``, where it may wait for what ``workers`` do;
+    adapters are read in ``loaders``, where nothing else waits behind them.
+    """
 
     options: ServeOptions
     bridge: Bridge
     models: ServedModels
     workers: Workers
     rail_workers: Workers
+    loaders: Workers
     grammars: Grammars
     policy_of: PolicyOf
     limits: KeyLimits
@@ -108,6 +113,10 @@ class Service:
 
     async def find_model(self, name: str) -> ServedModel:
         return await self.workers.run(self.models.find, name)
+
+    def holding(self, model: ServedModel) -> AbstractAsyncContextManager[None]:
+        """Its adapter is in memory inside; see `adapter_hold.held`."""
+        return held(self.models.bank, self.loaders, model.adapter)
 
     def rails_of(self, model: ServedModel) -> Rails:
         return Rails(self.policy_of(model.adapter))

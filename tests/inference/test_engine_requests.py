@@ -177,7 +177,6 @@ def test_an_adapter_that_is_not_there_and_a_prefix_that_leaves_no_room() -> None
     bank.load("long", 1.0, num_virtual=500)
     with pytest.raises(UserError, match="there is no 'b'"):
         engine.add(request(adapter="b"))
-    assert engine.context_of("long") == 12 and engine.context_of(None) == 512
     with pytest.raises(UserError, match="context of 12 tokens behind 500 virtual tokens"):
         engine.add(request(12, adapter="long"))
     assert bank.num_users == 0
@@ -213,12 +212,42 @@ def test_logits_that_are_not_finite_end_their_request_alone() -> None:
         assert done[numbers[place]].token_ids == tokens
     for place in (1, 3):
         assert done[numbers[place]].finish_reason == "error"
-        assert "not finite" in (done[numbers[place]].error or "")
+        assert "not finite" in str(done[numbers[place]].error)
     assert is_clean(engine)
     with pytest.raises(NumericalError, match="not finite"):
         engine.generate([crowd[0], bad])
     assert is_clean(engine)
     assert [answer.token_ids for answer in engine.generate(crowd)] == want
+
+
+class DeadEnd:
+    """A grammar in which no second token can come."""
+
+    is_done = False
+
+    def start(self, stop_ids: Any) -> DeadEnd:
+        return DeadEnd()
+
+    def mask_(self, logits_V: torch.Tensor) -> None:
+        if vars(self).get("said"):
+            raise UserError("no token can come next", field="grammar", fix="look for parts that contradict each other")
+
+    def accept(self, token_id: int) -> None:
+        self.said = True
+
+
+def test_a_grammar_that_cannot_go_on_is_the_users_error() -> None:
+    engine = Engine(tiny_model(), TOKENIZER)
+    bad = Request(PROMPT, SamplingParams(max_new_tokens=5, grammar=DeadEnd()))
+    with pytest.raises(UserError) as caught:
+        engine.generate([request(20), bad])
+    told = caught.value
+    assert (told.what, told.field) == ("no token can come next", "grammar") and told.fix is not None
+    assert str(told).count("no token can come next") == 1
+    numbers = [engine.add(request(20)), engine.add(bad)]
+    done = run(engine)
+    assert [done[index].finish_reason for index in numbers] == ["length", "error"]
+    assert isinstance(done[numbers[1]].error, UserError) and is_clean(engine)
 
 
 def test_what_a_failed_request_computed_is_not_used_again() -> None:
@@ -293,6 +322,17 @@ def test_a_request_keeps_the_adapter_that_it_came_for() -> None:
     assert bank.users[old] == 2
     done = run(engine)
     assert [done[index].token_ids == want for index in numbers] == [True, True, False]
+    assert bank.num_users == 0
+
+
+def test_an_adapter_is_held_before_anything_is_read_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a look at a name and the first use of it somebody may unload it, or load another one."""
+    engine, bank = banked()
+    adapter = bank.load("long", 1.0, num_virtual=500)
+    monkeypatch.setattr(bank, "acquire", lambda name: bank.users.update([adapter]) or adapter)
+    monkeypatch.setattr(bank, "get", lambda name: pytest.fail("looked before it was held"))
+    with pytest.raises(UserError, match="context of 12 tokens"):
+        engine.add(request(12, adapter="long"))
     assert bank.num_users == 0
 
 

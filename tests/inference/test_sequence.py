@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 import torch
 
+from alpaca_lora.errors import NumericalError
 from alpaca_lora.inference.block_pool import BlockPool
 from alpaca_lora.inference.block_table import VIRTUAL, BlockTable
 from alpaca_lora.inference.request import Completion, Request, SamplingParams, TokenLogprob
@@ -107,9 +109,29 @@ def test_a_cancelled_answer_keeps_all_it_said() -> None:
 def test_a_failed_answer_says_why() -> None:
     sequence = new_sequence()
     sequence.push(65)
-    completion = sequence.fail("not finite").completion
+    error = NumericalError("not finite")
+    try:
+        raise error
+    except NumericalError:
+        completion = sequence.fail(error).completion
     assert completion is not None
-    assert (completion.finish_reason, completion.error, completion.text) == ("error", "not finite", "A")
+    assert (completion.finish_reason, completion.error, completion.text) == ("error", error, "A")
+    assert error.__traceback__ is None  # it would keep a step's tensors alive
+
+
+def test_an_answer_tells_where_its_time_went() -> None:
+    sequence = new_sequence(2)
+    time.sleep(0.03)
+    sequence.begin(0)
+    time.sleep(0.02)
+    sequence.push(65)
+    time.sleep(0.01)
+    done = sequence.push(66).completion
+    assert done is not None
+    for seconds, least in zip(done.times, (0.03, 0.02, 0.01), strict=True):
+        assert least <= seconds < least + 5
+    never = new_sequence().cancel().completion  # cancelled while it waited
+    assert never is not None and never.times.queue >= 0 and never.times[1:] == (0, 0)
 
 
 def test_an_answer_ends_with_its_grammar() -> None:

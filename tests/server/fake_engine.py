@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 from alpaca_lora.adapters.record import AdapterRecord
-from alpaca_lora.errors import AdapterError, UserError
-from alpaca_lora.inference.request import Completion, Event, FinishReason, Request, TokenLogprob
+from alpaca_lora.errors import AdapterError, AlpacaLoraError, UserError
+from alpaca_lora.inference.request import Completion, Event, FinishReason, Request, Times, TokenLogprob
 from alpaca_lora.inference.stop_strings import StopStrings
 from alpaca_lora.text.detokenizer import Detokenizer
 from alpaca_lora.text.tokenizer import Tokenizer
@@ -56,6 +57,7 @@ class FakeEngine:
         self.seen: list[Request] = []
         self.cancelled: list[int] = []
         self.poison: Exception | None = None  # raised by the next steps
+        self.failure: AlpacaLoraError | None = None  # with which answers end
         self._next = 0
         self._answers: dict[int, _Answer] = {}
 
@@ -100,6 +102,9 @@ class FakeEngine:
             del self._answers[index]
             done = Completion("", (), "stop", len(one.request.prompt_ids), class_logits=(0.0, 2.0))
             return Event(index, "", done)
+        if self.failure is not None:
+            del self._answers[index]
+            return Event(index, "", Completion("", (), "error", len(one.request.prompt_ids), error=self.failure))
         token = one.ids[len(one.made)]
         one.made.append(token)
         reason: FinishReason | None = None
@@ -122,12 +127,13 @@ class FakeEngine:
             return Event(index, text, None, (token,), logprobs)
         del self._answers[index]
         done = Completion(
-            one.text, tuple(one.made), reason, len(one.request.prompt_ids), 3, tuple(one.logprobs) or None
-        )
+            one.text, tuple(one.made), reason, len(one.request.prompt_ids), 3, tuple(one.logprobs) or None,
+            times=Times(0.25, 0.5, 1.0),
+        )  # fmt: skip
         return Event(index, text, done, (token,), logprobs)
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeAdapter:
     name: str
     folder: Path
@@ -145,6 +151,7 @@ class FakeBank:
 
     def __init__(self, *adapters: FakeAdapter) -> None:
         self.adapters = {adapter.name: adapter for adapter in adapters}
+        self.users: Counter[FakeAdapter] = Counter()
 
     def names(self) -> list[str]:
         return list(self.adapters)
@@ -165,3 +172,15 @@ class FakeBank:
     def unload(self, name: str) -> None:
         self.get(name)
         del self.adapters[name]
+
+    def acquire_resident(self, name: str) -> FakeAdapter | None:
+        return self.acquire(name)
+
+    def acquire(self, name: str) -> FakeAdapter:
+        adapter = self.get(name)
+        self.users[adapter] += 1
+        return adapter
+
+    def release(self, adapter: FakeAdapter) -> None:
+        assert self.users[adapter] > 0
+        self.users[adapter] -= 1

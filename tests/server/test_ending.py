@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from alpaca_lora.errors import AdapterError
+from alpaca_lora.errors import AdapterError, AlpacaLoraError, NumericalError, UserError
 from alpaca_lora.server import streaming, ticket
 from tests.server.fake_engine import FakeEngine
 from tests.server.open_server import BASE, KEY, OpenServer, chat_body, open_server, until
@@ -260,6 +260,25 @@ def test_an_engine_that_raises_fails_what_runs_and_goes_on() -> None:
         server.engine.poison = None
         until(lambda: server.is_idle)
         assert server.chat().status_code == 200 and server.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "words"),
+    [
+        (UserError("no token can come next", field="grammar", fix="look for parts that contradict"), 400, "look for"),
+        (NumericalError("the model's logits are not finite"), 500, "not finite"),
+    ],
+)
+def test_an_answer_that_fails_says_whose_fault_it_is(failure: AlpacaLoraError, status: int, words: str) -> None:
+    with open_server(engine()) as server:
+        server.engine.failure = failure
+        answer = server.chat(response_format={"type": "json_object"})
+        error = answer.json()["error"]
+        assert answer.status_code == status and words in error["message"], answer.text
+        assert error["param"] == ("response_format" if status == 400 else None)
+        streamed = server.chat(stream=True).text.strip().split("data: ")
+        assert json.loads(streamed[-1])["error"]["type"] == error["type"]
+        until(lambda: server.is_idle)
 
 
 def test_an_engine_that_only_raises_is_not_healthy() -> None:

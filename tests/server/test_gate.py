@@ -237,10 +237,10 @@ def test_a_defect_is_logged_without_its_message(
 # ---- metrics
 
 
-def test_metrics_have_the_names_of_vllm(server: OpenServer) -> None:
-    server.chat(model="shop")
-    with server.http() as client:
-        text = client.get("/metrics").text
+def test_metrics_have_the_names_of_vllm() -> None:
+    with open_server() as server:
+        server.chat(model="shop")
+        text = server.get("/metrics").text
     for line in (
         'vllm:num_requests_running{model_name="tiny-base"}',
         'vllm:num_requests_waiting{model_name="tiny-base"}',
@@ -253,7 +253,13 @@ def test_metrics_have_the_names_of_vllm(server: OpenServer) -> None:
         'vllm:time_to_first_token_seconds_bucket{le="0.5",model_name="shop"}',
         'vllm:inter_token_latency_seconds_count{model_name="shop"}',
         'vllm:e2e_request_latency_seconds_sum{model_name="shop"}',
-        'vllm:request_decode_time_seconds_count{model_name="shop"}',
+        'vllm:request_queue_time_seconds_sum{model_name="shop"} 0.25',
+        'vllm:request_prefill_time_seconds_sum{model_name="shop"} 0.5',
+        'vllm:request_prefill_time_seconds_bucket{le="0.5",model_name="shop"} 1.0',
+        'vllm:request_decode_time_seconds_sum{model_name="shop"} 1.0',
+        'vllm:request_inference_time_seconds_sum{model_name="shop"} 1.5',
+        'vllm:request_prompt_tokens_count{model_name="shop"} 1.0',
+        'vllm:request_generation_tokens_bucket{le="100.0",model_name="shop"} 1.0',
     ):
         assert f"\n{line}" in text, line
 
