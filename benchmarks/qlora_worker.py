@@ -73,6 +73,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     probe_seconds = time.perf_counter() - started
     loader = Loader(table, batch_size=1, token_budget=job["tokens"], seed=job["seed"])
     trainer = Trainer(model, adapter, loader, causal_lm_loss, training)
+    written = model.activation_file.num_written
     trainer.train()
     steps = [record for record in trainer.log.records() if "train_loss" in record]
     return {
@@ -80,6 +81,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         "probe_seconds": probe_seconds, "levels": describe(model.levels()), "needed_bytes": measured.needed_bytes,
         "step_seconds": [record["seconds"] for record in steps], "losses": [record["train_loss"] for record in steps],
         "peak_memory_bytes": max(loaded, peak_memory_bytes()), "trained": adapter.num_trained,
+        "written_bytes_a_step": (model.activation_file.num_written - written) / job["steps"],
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Looks at a `Job` and at two probe steps; changes nothing of either.
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +90,7 @@ def measure(job: Job, signals: SignalFlag, *, measure_anew: bool) -> tuple[Probe
         if known.levels:
             job.base.model.gradient_checkpointing = known.levels
         return known, True
+    job.base.model.activation_file.folder = Path(job.config.output_dir)
     measured = probe(
         job.base.model, job.adapter, job.loss, job.prepared.train, job.config, device=job.compute.device,
         check_signals=signals.check,
@@ -108,7 +110,7 @@ def facts(job: Job) -> dict[str, Any]:
         "lengths": list(batch.lengths),
         "labels": batch.num_supervised, "gradient_checkpointing": config.gradient_checkpointing,
         "optimizer_state": config.optimizer_state,
-        "max_memory_gb": config.max_memory_gb if config.gradient_checkpointing == "auto" else None,
+        "max_memory_gb": config.max_memory_gb if config.gradient_checkpointing in ("auto", "disk") else None,
         "machine": [platform.node(), platform.processor(), str(job.compute.device), job.compute.num_threads],
         "reason": job.compute.reason, "torch": torch.__version__, "version": __version__,
     }  # fmt: skip

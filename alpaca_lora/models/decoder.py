@@ -5,17 +5,21 @@ Parameter names are Hugging Face's. Knows nothing of files, adapters, losses or 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from alpaca_lora.models.activation_file import ActivationFile
 from alpaca_lora.models.attention import AttentionPlan, Prefix
 from alpaca_lora.models.config import ModelConfig
 from alpaca_lora.models.layers import MLP, Attention, Device, Embedding, RMSNorm, Rotation
 from alpaca_lora.models.linear import Linear, PackedLinear
-from alpaca_lora.models.recompute import Level, made_again, rerun
+from alpaca_lora.models.recompute import Level, made_again, rerun, stored
 from alpaca_lora.models.rope import Rope
 
 
@@ -84,7 +88,7 @@ class CausalLM(nn.Module):
     """Tokens to hidden states to logits. Other architectures subclass it and keep this interface.
 
     ``gradient_checkpointing``: how little is kept for backward and made again there: False nothing, True all of every
-    layer, or a level for each layer (models/recompute.py).
+    layer, or a level for each layer (models/recompute.py). ``activation_file``: where layers at "disk" keep it.
     ``prefix``: virtual tokens before every segment (adapters/prefix.py); the plan knows what that means.
     """
 
@@ -95,6 +99,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing: bool | Sequence[Level] = False
+        self.activation_file = ActivationFile(Path(tempfile.gettempdir()))
         self.prefix = None
         self.score: Linear | None = None  # a classifier's head, see models/classifier.py
         self._build(config, dtype, device)
@@ -163,7 +168,10 @@ class CausalLM(nn.Module):
 
     def run_layer(self, layer: nn.Module, level: Level, x_TD: torch.Tensor, *context: object) -> torch.Tensor:
         """One layer at its level: the seam for whoever stops backward early or offloads layers."""
-        return rerun(layer, x_TD, *context) if level == "layer" else layer(x_TD, *context, level)
+        if level == "layer":
+            return rerun(layer, x_TD, *context)
+        with stored(self.activation_file, (layer, context)) if level == "disk" else nullcontext():
+            return layer(x_TD, *context, level)
 
     def head_weight(self) -> torch.Tensor:
         """(V, D) of the output head; the embedding's own weight when they are tied."""

@@ -5,9 +5,10 @@
     mlp     as norms in attention; of the feed-forward keep its input alone, and run it again as far as it is needed
             (never the last product, whose output nobody asks for)
     layer   keep the layer's input alone, and run the layer again as far as it is needed (Chen et al. 2016)
+    disk    as norms, but what is kept lies in a file (models/activation_file.py)
 
-Bytes per token and layer of LLaMA-7B in bfloat16 with LoRA on q, k, v and o: 100, 92, 48 and 8 KiB. All levels give the
-same numbers. Knows autograd, not models.
+Bytes of memory per token and layer of LLaMA-7B in bfloat16 with LoRA on q, k, v and o: 100, 92, 48, 8 and 0 KiB. All
+levels give the same numbers. Knows autograd, not models.
 """
 
 from __future__ import annotations
@@ -17,16 +18,29 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-Level = Literal["none", "norms", "mlp", "layer"]
-LEVELS: tuple[Level, ...] = ("none", "norms", "mlp", "layer")
+from alpaca_lora.models.activation_file import SMALLEST, ActivationFile, StoredTensor
+
+Level = Literal["none", "norms", "mlp", "layer", "disk"]
+LEVELS: tuple[Level, ...] = ("none", "norms", "mlp", "layer", "disk")
 
 
 def made_again(level: Level) -> AbstractContextManager[object]:
-    """Inside, nodes do not keep what a kernel with ``remake`` made, but how to make it again (not at "none")."""
-    return nullcontext() if level == "none" else saved_tensors_hooks(_pack, _unpack)
+    """Inside, nodes do not keep what a kernel with ``remake`` made, but how to make it again (not at "none"; at "disk"
+    `stored` sees to it).
+    """
+    return nullcontext() if level in ("none", "disk") else saved_tensors_hooks(_pack, _unpack)
+
+
+def stored(file: ActivationFile, shared: object) -> AbstractContextManager[object]:
+    """Inside, nodes keep in ``file`` what cannot be made again. ``shared``: a module or nested tuples whose tensors are
+    there anyway and stay.
+    """
+    writer = _Writer(file, storages(shared))
+    return saved_tensors_hooks(writer.pack, _unpack)
 
 
 def rerun(function: Callable[..., torch.Tensor], x_TD: torch.Tensor, *context: object) -> torch.Tensor:
@@ -53,9 +67,40 @@ def is_made_again(tensor: torch.Tensor) -> bool:
     return hasattr(getattr(tensor.grad_fn, "_forward_cls", None), "remake")
 
 
+def storages(held: object) -> set[int]:
+    """Addresses of the memory of a module's weights, or of the tensors in nested tuples."""
+    if isinstance(held, torch.Tensor):
+        return {held.untyped_storage().data_ptr()}
+    if isinstance(held, nn.Module):
+        return {address for one in (*held.parameters(), *held.buffers()) for address in storages(one)}
+    return {address for one in held for address in storages(one)} if isinstance(held, tuple) else set()
+
+
+class _Writer:
+    """Writes each tensor once, however many nodes save it."""
+
+    def __init__(self, file: ActivationFile, shared: set[int]) -> None:
+        self.file, self.shared = file, shared
+        # tensors are held until the layer is through, or their memory would be taken for another's
+        self.written: dict[Any, tuple[torch.Tensor, StoredTensor]] = {}
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Recipe | StoredTensor:
+        if is_made_again(tensor):
+            return _Recipe(tensor.grad_fn)
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in self.shared or tensor.numel() * tensor.element_size() < SMALLEST:
+            return tensor
+        key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
+        if key not in self.written:
+            self.written[key] = tensor, self.file.write(tensor)
+        return self.written[key][1]
+
+
 def _pack(tensor: torch.Tensor) -> torch.Tensor | _Recipe:
     return _Recipe(tensor.grad_fn) if is_made_again(tensor) else tensor
 
 
-def _unpack(kept: torch.Tensor | _Recipe) -> torch.Tensor:
+def _unpack(kept: torch.Tensor | _Recipe | StoredTensor) -> torch.Tensor:
+    if isinstance(kept, StoredTensor):
+        return kept.read()
     return kept.node._forward_cls.remake(kept.node) if isinstance(kept, _Recipe) else kept

@@ -10,22 +10,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from alpaca_lora.models.decoder import CausalLM
-from alpaca_lora.models.recompute import LEVELS, Level, is_made_again
+from alpaca_lora.models.recompute import LEVELS, Level, is_made_again, storages
 
 Kept = Mapping[Level, Sequence[int]]  # level -> bytes that each layer keeps at it, lowest layer first
 IN_WORDS: Mapping[Level, str] = {
-    "none": "nothing", "norms": "norms", "mlp": "norms and feed-forward", "layer": "everything"
+    "none": "nothing", "norms": "norms", "mlp": "norms and feed-forward", "layer": "everything",
+    "disk": "norms, the rest read from a file,",
 }  # fmt: skip
+# what a layer is raised to where there is room, the cheapest in memory first. What lies in a file is not made again
+RAISED: Mapping[Level, tuple[Level, ...]] = {"layer": ("mlp", "norms", "none"), "disk": ("norms", "none")}
 
 
 def set_levels(model: CausalLM, asked: bool | str) -> None:
-    """Have the model do what the key ``gradient_checkpointing`` says; with auto, what the preflight has chosen."""
+    """Have the model do what the key ``gradient_checkpointing`` says; with auto and disk, what the preflight chose."""
     if isinstance(asked, bool):
         model.gradient_checkpointing = asked
+    elif asked == "disk" and not isinstance(model.gradient_checkpointing, bool):
+        return
     for level in LEVELS:
         if asked == level:
             model.gradient_checkpointing = (level,) * model.config.num_layers
@@ -40,16 +44,16 @@ def describe(levels: Sequence[Level]) -> str:
     return f"{parts[0]} layer{plural}" + "".join(f", {part}" for part in parts[1:])
 
 
-def choose(kept: Kept, room: int) -> tuple[Level, ...]:
-    """Levels that keep at most ``room`` bytes more than keeping the layers' inputs alone, and make little again.
+def choose(kept: Kept, room: int, leanest: Level = "layer") -> tuple[Level, ...]:
+    """Levels that keep at most ``room`` bytes more than all layers at ``leanest``, and make, or write, little.
 
     A byte spares about as much time whatever is kept in it (each number is a product as wide as the model), so levels
     are raised for all layers in turn. Upper layers first: theirs is given back first in the backward pass, before a
     lower layer runs again and needs room for all of its own.
     """
-    layers = range(len(kept["layer"]))
-    chosen: list[Level] = ["layer" for _ in layers]
-    for level in reversed(LEVELS[:-1]):
+    layers = range(len(kept[leanest]))
+    chosen: list[Level] = [leanest for _ in layers]
+    for level in RAISED[leanest]:
         for i in reversed(layers):
             more = kept[level][i] - kept[chosen[i]][i]
             if more <= room:
@@ -65,7 +69,7 @@ def count_kept(model: CausalLM, forward: Callable[[], object], per: float = 1.0)
     found: list[_Layer] = []
 
     def run_layer(layer: Any, _level: Level, x_TD: torch.Tensor, *context: Any) -> torch.Tensor:
-        one = _Layer(_storages(model) | _storages(context))
+        one = _Layer(storages(model) | storages(context))
         with saved_tensors_hooks(one.note_attention, _never):
             middle_TD = layer.add_attention(x_TD, *context)
         with saved_tensors_hooks(one.note_mlp, _never):
@@ -102,7 +106,7 @@ class _Layer:
         """Add up; a level never keeps more than the one before."""
         first, second = ([tensor for tensor, again in part if not again] for part in (self.attention, self.mlp))
         everything = [tensor for tensor, _ in (*self.attention, *self.mlp)]
-        kept = {"none": everything, "norms": [*first, *second], "mlp": [*first, middle_TD], "layer": [x_TD]}
+        kept = {"none": everything, "norms": [*first, *second], "mlp": [*first, middle_TD], "layer": [x_TD], "disk": []}
         most = None
         for level in LEVELS:
             size = self._size(kept[level])
@@ -116,12 +120,3 @@ class _Layer:
 
 def _never(_: Any) -> Any:
     raise AssertionError("nothing was kept to go back with")
-
-
-def _storages(held: Any) -> set[int]:
-    """Addresses of a module's weights, or of the tensors in nested tuples."""
-    if isinstance(held, torch.Tensor):
-        return {held.untyped_storage().data_ptr()}
-    if isinstance(held, nn.Module):
-        return {address for one in (*held.parameters(), *held.buffers()) for address in _storages(one)}
-    return {address for one in held for address in _storages(one)} if isinstance(held, tuple) else set()

@@ -40,10 +40,11 @@ class TrainingOptions(Options):
     early_stopping_patience: int = Field(
         0, ge=0, description="stop after so many evaluations without a better loss; 0: never"
     )
-    gradient_checkpointing: bool | Literal["auto", "norms", "mlp"] = Field(
+    gradient_checkpointing: bool | Literal["auto", "norms", "mlp", "disk"] = Field(
         False, description="recompute activations in the backward pass: less memory, more time, the same result; "
         "true: all of each layer; norms: norms alone, nearly for free; mlp: these and the feed-forward; "
-        "auto: of each layer as little as fits into memory",
+        "auto: of each layer as little as fits into memory; disk: norms alone, and what does not fit into memory "
+        "lies in a file of output_dir",
     )  # fmt: skip
     optimizer_state: Literal["float32", "int8", "disk"] = Field(
         "float32",

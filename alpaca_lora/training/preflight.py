@@ -1,5 +1,6 @@
 """Real steps on the longest micro-batch before the run begins: does it fit, how fast is it, how long will it take; and
-with ``gradient_checkpointing: auto``, how little has to be made again in the backward pass for it to fit.
+with ``gradient_checkpointing`` auto or disk, how little has to be made again in the backward pass, or to be kept in a
+file, for it to fit.
 
 Measures, and only then judges. Knows models, adapters and batches; what it prints is the caller's business.
 """
@@ -7,7 +8,7 @@ Measures, and only then judges. Knows models, adapters and batches; what it prin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn, Protocol
 
@@ -34,6 +35,8 @@ OPTIMIZER_BYTES = {"float32": 12, "int8": 6.1, "disk": 4}
 MASTER_BYTES = 4  # and the weight itself, where it is trained in another dtype
 SHORTEST_CUTOFF = 32  # tokens; below it nothing useful is learned
 RESERVE = 0.05  # of the peak: the allocator's slack between this measurement and a long run
+# the values of gradient_checkpointing that choose, and the level that all layers have where nothing more fits
+LEANEST: Mapping[Any, Level] = {"auto": "layer", "disk": "disk"}
 TRIES = 3  # mixes of levels that are measured before the one that keeps least is taken
 
 
@@ -123,14 +126,15 @@ def probe(
     """Run a pilot and two steps, forward and backward; no weight changes and no gradient is left.
 
     With ``gradient_checkpointing`` auto the levels that fit are chosen, measured and left on the model; a step in which
-    every layer keeps its input alone is measured before them.
+    every layer keeps its input alone is measured before them. With disk it is one in which all is written to a file.
 
     Raises MachineError when the pilot foretells, or the step shows, that the run does not fit into
     ``options.max_memory_gb`` (what is free now); the message names the smallest change that would make it fit.
     """
     run = _Run(model, adapter, loss, table, options, device or torch.device("cpu"), check_signals)
     try:
-        result = run.chosen() if options.gradient_checkpointing == "auto" else run.asked_for()
+        leanest = LEANEST.get(options.gradient_checkpointing)
+        result = run.asked_for() if leanest is None else run.chosen(leanest)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -172,10 +176,9 @@ class _Run:
         self.measured(self.batch)
         return self.measured(self.batch)
 
-    def chosen(self) -> Probe:
-        """The cheapest levels that fit; where none does, the probe of the ones that keep least."""
-        num_layers = self.model.config.num_layers
-        leanest: tuple[Level, ...] = ("layer",) * num_layers
+    def chosen(self, level: Level) -> Probe:
+        """The cheapest levels that fit; where none does, the probe of all layers at ``level``."""
+        leanest = (level,) * self.model.config.num_layers
         self.model.gradient_checkpointing = leanest
         reset_peak_memory(self.device)
         pilot_batch = self.pilot()
@@ -185,7 +188,7 @@ class _Run:
         kept = count_kept(self.model, lambda: self.forward(stream), per)
         room = int((self.limit - least.needed_bytes) / (1 + RESERVE))
         for _ in range(TRIES):
-            levels = choose(kept, room) if room > 0 else leanest
+            levels = choose(kept, room, level) if room > 0 else leanest
             if levels == leanest:
                 break
             self.model.gradient_checkpointing = levels
@@ -193,7 +196,7 @@ class _Run:
             result = replace(self.measured(self.batch), levels=levels)
             if result.needed_bytes <= self.limit:
                 return result
-            room = _extra(kept, levels) - int((result.needed_bytes - self.limit) / (1 + RESERVE))
+            room = _extra(kept, levels, level) - int((result.needed_bytes - self.limit) / (1 + RESERVE))
         self.model.gradient_checkpointing = leanest
         return least
 
@@ -236,9 +239,9 @@ class _Run:
             parameter.grad = None
 
 
-def _extra(kept: Any, levels: Sequence[Level]) -> int:
-    """Bytes that these levels keep beyond the layers' inputs."""
-    return sum(kept[level][i] - kept["layer"][i] for i, level in enumerate(levels))
+def _extra(kept: Any, levels: Sequence[Level], leanest: Level) -> int:
+    """Bytes that these levels keep in memory beyond all layers at ``leanest``."""
+    return sum(kept[level][i] - kept[leanest][i] for i, level in enumerate(levels))
 
 
 def refuse(measured: Probe, needed: int, limit: int, options: Sizes, num_tokens: int) -> NoReturn:
@@ -262,7 +265,7 @@ def smallest_change(measured: Probe, needed: int, limit: int, options: Sizes, nu
     if tokens >= options.cutoff_len:
         return f"set --micro_batch_size {tokens // options.cutoff_len} (the result stays the same)"
     checkpointed = int((limit - fixed) / (per_token * CHECKPOINTING_SHARE))
-    if options.gradient_checkpointing not in (True, "auto") and checkpointed >= options.cutoff_len:
+    if options.gradient_checkpointing not in (True, "auto", "disk") and checkpointed >= options.cutoff_len:
         size = min(options.micro_batch_size, checkpointed // options.cutoff_len)
         smaller = f" --micro_batch_size {size}" if size < options.micro_batch_size else ""
         return f"set --gradient_checkpointing auto{smaller} (at most a third slower, the result stays the same)"

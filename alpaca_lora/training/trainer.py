@@ -94,6 +94,8 @@ class Trainer:
         self._saved_step: int | None = None
         self._gradients_proven = False
         set_levels(model, options.gradient_checkpointing)
+        if saver is not None:
+            model.activation_file.folder = saver.store.folder
 
     # ---- the loop
 

@@ -170,7 +170,7 @@ class TestInvariants:
         monkeypatch.undo()
         assert is_same(plain, alone)
 
-    @pytest.mark.parametrize("level", [True, "norms", "mlp"])
+    @pytest.mark.parametrize("level", [True, "norms", "mlp", "disk"])
     def test_gradient_checkpointing(self, case: Case, plain: Trajectory, level: bool | str) -> None:
         assert is_same(plain, trained(case, gradient_checkpointing=level))
 

@@ -8,6 +8,7 @@ from alpaca_lora.adapters.options import AdapterOptions
 from alpaca_lora.data.table import ExampleTable
 from alpaca_lora.errors import MachineError
 from alpaca_lora.training import preflight
+from alpaca_lora.training.activation_levels import set_levels
 from alpaca_lora.training.loss import causal_lm_loss
 from alpaca_lora.training.preflight import Probe, check_fits, foretell, longest_batch, probe, smallest_change
 from alpaca_lora.training.probe_cache import ProbeCache
@@ -154,20 +155,20 @@ class FakeMemory:
     def loss(self, model, batch, num_supervised):
         levels = model.levels()
         self.steps.append(levels)
-        over = self.surcharge if set(levels) != {"layer"} else 0
+        over = self.surcharge if set(levels) not in ({"layer"}, {"disk"}) else 0
         self.peak = GIB + over + sum(self.kept[level] for level in levels) * 128
         return causal_lm_loss(model, batch, num_supervised)
 
 
-KEPT = {"none": 4_000_000, "norms": 3_000_000, "mlp": 2_000_000, "layer": 1_000_000}
+KEPT = {"none": 4_000_000, "norms": 3_000_000, "mlp": 2_000_000, "layer": 1_000_000, "disk": 0}
 
 
-def chosen_within(monkeypatch, bytes_for_layers: int, **more):
+def chosen_within(monkeypatch, bytes_for_layers: int, checkpointing: str = "auto", **more):
     memory = FakeMemory(monkeypatch, KEPT, **more)
     model = tiny_model()
     adapter = Lora.attach(model, AdapterOptions(lora_r=4, lora_dropout=0.1), seed=7)
     limit = (GIB + bytes_for_layers + 12 * sum(p.numel() for _, p in adapter.trained_parameters())) * 1.051
-    sizes = Sizes(gradient_checkpointing="auto", max_memory_gb=limit / 1e9)
+    sizes = Sizes(gradient_checkpointing=checkpointing, max_memory_gb=limit / 1e9)
     rows = ExampleTable.from_examples(table())
     result = probe(model, adapter, memory.loss, rows, sizes)
     return result, model, memory
@@ -184,6 +185,21 @@ def test_the_cheapest_levels_that_fit_are_measured_and_stay_on_the_model(monkeyp
     result, model, memory = chosen_within(monkeypatch, millions * 128 * 1_000_000)
     assert result.levels == levels and model.levels() == levels and memory.steps[-1] in (levels, ("layer",) * 2)
     assert result.peak_bytes == GIB + sum(KEPT[level] for level in levels) * 128
+
+
+@pytest.mark.parametrize(
+    ("millions", "levels"),
+    [
+        (8, ("none", "none")), (7, ("norms", "none")), (6, ("norms", "norms")), (5, ("disk", "none")),
+        (3, ("disk", "norms")), (2, ("disk", "disk")),
+    ],
+)  # fmt: skip
+def test_what_memory_has_no_room_for_goes_to_the_disk(monkeypatch, millions, levels):
+    result, model, _ = chosen_within(monkeypatch, millions * 128 * 1_000_000, "disk")
+    assert result.levels == levels and model.levels() == levels
+    assert result.peak_bytes == GIB + sum(KEPT[level] for level in levels) * 128
+    set_levels(model, "disk")  # as the trainer does
+    assert model.levels() == levels
 
 
 def test_levels_that_take_more_than_was_counted_are_lowered_until_they_fit(monkeypatch):
