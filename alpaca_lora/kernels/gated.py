@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from alpaca_lora.kernels import few_rows
 from alpaca_lora.kernels.reference import Activation
 
 PIECE = 2**20  # elements of the backward pass at a time: large temporaries are new pages for the system to clear
@@ -50,4 +51,6 @@ def _act(gate_TF: torch.Tensor, activation: Activation) -> torch.Tensor:
 
 def gated(gate_TF: torch.Tensor, up_TF: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
     """As `reference.gated`."""
+    if (y_TF := few_rows.gate(gate_TF, up_TF, activation)) is not None:
+        return y_TF
     return _Gated.apply(gate_TF, up_TF, activation)  # pyright: ignore[reportReturnType]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from alpaca_lora.kernels import few_rows
+
 PIECE = 2**18  # elements at a time
 
 
@@ -73,4 +75,6 @@ def _scale(x: torch.Tensor, weight_D: torch.Tensor, rstd: torch.Tensor, offset: 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """As `reference.rms_norm`; the last axis is normalised, the leading ones are free."""
+    if (y_TD := few_rows.norm(x_TD, weight_D, eps, offset)) is not None:
+        return y_TD
     return _RmsNorm.apply(x_TD, weight_D, eps, offset)  # pyright: ignore[reportReturnType]

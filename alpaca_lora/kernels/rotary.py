@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from alpaca_lora.kernels import few_rows
+
 
 def _turn(x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, *, back: bool) -> torch.Tensor:
     half = x_THE.shape[-1] // 2
@@ -38,4 +40,6 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor) -> torch.Tensor:
     """As `reference.rotate`; cos_TE and sin_TE carry no gradient."""
+    if (y_THE := few_rows.rotate(x_THE, cos_TE, sin_TE)) is not None:
+        return y_THE
     return _Rotate.apply(x_THE, cos_TE, sin_TE)  # pyright: ignore[reportReturnType]

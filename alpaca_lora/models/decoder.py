@@ -11,14 +11,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from alpaca_lora.models.activation_file import ActivationFile
 from alpaca_lora.models.attention import AttentionPlan, Prefix
 from alpaca_lora.models.config import ModelConfig
 from alpaca_lora.models.layers import MLP, Attention, Device, Embedding, RMSNorm, Rotation
-from alpaca_lora.models.linear import Linear, PackedLinear
+from alpaca_lora.models.linear import Linear, PackedLinear, linear
 from alpaca_lora.models.recompute import Level, made_again, rerun, stored
 from alpaca_lora.models.rope import Rope
 
@@ -180,7 +179,7 @@ class CausalLM(nn.Module):
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """float32 logits_NV of the rows given: apply it only to rows whose logits are needed."""
         head = self.lm_head
-        logits_NV = (F.linear(hidden_ND, self.head_weight()) if head is None else head(hidden_ND)).float()
+        logits_NV = (linear(hidden_ND, self.head_weight()) if head is None else head(hidden_ND)).float()
         if (cap := self.config.logit_softcap) is not None:
             logits_NV = torch.tanh(logits_NV / cap) * cap
         return logits_NV

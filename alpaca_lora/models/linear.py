@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from alpaca_lora.kernels import few_rows
+
 
 @runtime_checkable
 class LinearContract(Protocol):
@@ -49,7 +51,7 @@ class Linear(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         # a trained bias is float32 beside a weight in bfloat16
-        return F.linear(x_TD, self.weight, None if self.bias is None else self.bias.to(self.weight.dtype))
+        return linear(x_TD, self.weight, None if self.bias is None else self.bias.to(self.weight.dtype))
 
     def dense_weight(self) -> torch.Tensor:
         return self.weight
@@ -91,6 +93,13 @@ class PackedLinear(nn.Module, ABC):
         return self.in_features * self.out_features
 
 
+def linear(x_TD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b, by the op that is the fastest for so many rows."""
+    if bias is None and (ys := few_rows.multiply(x_TD, (weight,))) is not None:
+        return ys[0]
+    return F.linear(x_TD, weight, bias)
+
+
 def dense_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every parameter and of every packed linear's weight, dense, one at a time."""
     for name, parameter in model.named_parameters():
@@ -110,4 +119,8 @@ def project(x_TD: torch.Tensor, linears: Sequence[nn.Module]) -> tuple[torch.Ten
         together = getattr(linear, "project_together", None)
         if together is not None:
             return together(x_TD, linears)
+    if all(type(linear) is Linear and linear.bias is None for linear in linears):
+        ys = few_rows.multiply(x_TD, [linear.weight for linear in linears])  # pyright: ignore[reportArgumentType]
+        if ys is not None:
+            return ys
     return tuple(linear(x_TD) for linear in linears)

@@ -13,8 +13,8 @@ levels give the same numbers. Knows autograd, not models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -35,12 +35,17 @@ def made_again(level: Level) -> AbstractContextManager[object]:
     return nullcontext() if level in ("none", "disk") else saved_tensors_hooks(_pack, _unpack)
 
 
-def stored(file: ActivationFile, shared: object) -> AbstractContextManager[object]:
+@contextmanager
+def stored(file: ActivationFile, shared: object) -> Iterator[None]:
     """Inside, nodes keep in ``file`` what cannot be made again. ``shared``: a module or nested tuples whose tensors are
     there anyway and stay.
     """
     writer = _Writer(file, storages(shared))
-    return saved_tensors_hooks(writer.pack, _unpack)
+    try:
+        with saved_tensors_hooks(writer.pack, _unpack):
+            yield
+    finally:
+        writer.written.clear()  # torch goes on holding the hook
 
 
 def rerun(function: Callable[..., torch.Tensor], x_TD: torch.Tensor, *context: object) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,20 @@ def test_a_tensor_is_written_once_and_shared_ones_never(tmp_path: Path) -> None:
     # x once, and what exp saves of its own
     assert file.num_written == 2 * x.numel() * 4
     total.backward()
+
+
+def test_what_is_written_is_not_held(tmp_path: Path) -> None:
+    x = torch.randn(64, 512, requires_grad=True)
+    with stored(ActivationFile(tmp_path), ()):
+        middle = x * 2
+        seen = weakref.ref(middle)
+        total = (middle * middle).sum()
+        del middle
+        assert seen() is not None  # until the layer is through: its memory would be taken for another's
+    gc.collect()
+    assert seen() is None
+    total.backward()
+    assert x.grad is not None and torch.equal(x.grad, 8 * x.detach())
 
 
 def test_a_decoder_keeps_its_activations_there_and_no_weights(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import torch
 from alpaca_lora.device import cpu_flags
 from alpaca_lora.home import home
 
-SOURCES = ("four_bit.c", "paged_attention.c")
+SOURCES = ("few_rows.c", "four_bit.c", "paged_attention.c")
 HEADERS = ("bfloat16.h", "threads.h", "vectors.h")
 FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 # for this very processor, by the first that the compiler knows
