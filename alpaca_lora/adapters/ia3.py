@@ -7,7 +7,6 @@ Knows linears by their contract and PEFT's `IA3Config`; knows nothing of attenti
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -25,11 +24,13 @@ from alpaca_lora.adapters.linear_adapter import (
     refuse_both,
 )
 from alpaca_lora.adapters.lora import chosen_targets
-from alpaca_lora.adapters.targets import find_modules, peft_spec, peft_targets, task_type
+from alpaca_lora.adapters.lora_config import check_sizes
+from alpaca_lora.adapters.targets import MAX_HINTS, find_modules, peft_spec, peft_targets, task_type
 from alpaca_lora.adapters.whole_modules import WholeModules, matching
 from alpaca_lora.errors import AdapterError, ConfigError
 from alpaca_lora.kernels.scale import scale_columns
 from alpaca_lora.models.linear import project
+from alpaca_lora.models.name_pattern import Effort, NamePattern
 
 DEFAULTS: Mapping[str, Any] = {
     "auto_mapping": None, "base_model_name_or_path": None, "fan_in_fan_out": False, "feedforward_modules": None,
@@ -136,10 +137,10 @@ class IA3(LinearAdapter):
         Raises AdapterError when the configuration cannot be right, is not supported, or names nothing in this model.
         """
         _check_config(config, file)
-        names, problems = peft_targets(model, config)
+        names, problems = _targets(model, config, file)
         if not names:
             raise AdapterError(
-                "; ".join(problems) or "names no linear of this model", file=file, field="target_modules",
+                "; ".join(problems[:MAX_HINTS]) or "names no linear of this model", file=file, field="target_modules",
                 fix="is this the right base model?",
             )  # fmt: skip
         inside = feedforward_names(names, config.get("feedforward_modules") or ())
@@ -156,8 +157,8 @@ class IA3(LinearAdapter):
     ) -> Self:  # fmt: skip
         """Put a saved adapter on `model`; `tensors` are those of `expected_shapes`."""
         messages = _check_config(config, file)
-        names, problems = peft_targets(model, config)
-        messages += [f"{file}: target_modules: {problem}" for problem in problems]
+        names, problems = _targets(model, config, file)
+        messages += [f"{file}: target_modules: {problem}" for problem in problems[:MAX_HINTS]]
         inside = feedforward_names(names, config.get("feedforward_modules") or ())
 
         def make(name: str, base: nn.Module) -> AdaptedLinear:
@@ -179,13 +180,18 @@ class IA3(LinearAdapter):
         return [("factors", f"{float(factors.min()):.3g} to {float(factors.max()):.3g}, {len(factors)} of them")]
 
 
+def _targets(model: nn.Module, config: Mapping[str, Any], file: Any) -> tuple[list[str], list[str]]:
+    """As `peft_targets`, of the keys that PEFT's `IA3Config` has."""
+    return peft_targets(model, {key: config.get(key) for key in ("target_modules", "exclude_modules")}, file=file)
+
+
 def feedforward_names(targets: Iterable[str], entries: Sequence[str] | str) -> set[str]:
     """Those of ``targets`` whose input is scaled, by PEFT's rule: a string is an expression of the whole name, a list
     holds ends of names.
     """
     if isinstance(entries, str):
-        expression = re.compile(entries)
-        return {name for name in targets if expression.fullmatch(name)}
+        pattern = NamePattern(entries, Effort(), field="feedforward_modules")
+        return {name for name in targets if pattern.matches(name)}
     return {name for name in targets if any(name.endswith(entry) for entry in entries)}
 
 
@@ -213,16 +219,16 @@ def _peft_specs(
 
 def _check_config(config: Mapping[str, Any], file: Any) -> list[str]:
     """Refuse what cannot be right or is not built; return what the user should be told."""
+    check_sizes(config, file)
     for key, wanted in (("target_modules", True), ("feedforward_modules", False), ("exclude_modules", False)):
         value = config.get(key)
         names = isinstance(value, list) and all(type(entry) is str for entry in value)
         if not (names or isinstance(value, str) or (value is None and not wanted)):
-            raise AdapterError(f"is {value!r}", file=file, field=key, expected="names or a regular expression")
+            raise AdapterError(
+                f"is {repr(value)[:200]}", file=file, field=key, expected="names or a regular expression"
+            )
         if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise AdapterError(f"{value!r} is not a regular expression: {error}", file=file, field=key) from error
+            NamePattern(value, Effort(file), field=key)
     if config.get("fan_in_fan_out"):
         raise AdapterError(
             "true is not supported: weights here are (out, in)", file=file, field="fan_in_fan_out", expected="false"

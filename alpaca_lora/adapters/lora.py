@@ -6,7 +6,6 @@ Knows linears by their contract and PEFT's names; knows neither what is inside o
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -22,9 +21,17 @@ from alpaca_lora.adapters.linear_adapter import (
     features,
     refuse_both,
 )
-from alpaca_lora.adapters.lora_config import DEFAULTS, Setting, check_config, settings
+from alpaca_lora.adapters.lora_config import DEFAULTS, Setting, check_config, end_patterns, settings
 from alpaca_lora.adapters.lora_linear import DropoutRows, LoRALinear, initial_A, salt_of
-from alpaca_lora.adapters.targets import find_modules, find_targets, in_layers, peft_spec, peft_targets, task_type
+from alpaca_lora.adapters.targets import (
+    MAX_HINTS,
+    find_modules,
+    find_targets,
+    in_layers,
+    peft_spec,
+    peft_targets,
+    task_type,
+)
 from alpaca_lora.adapters.whole_modules import WholeModules, matching
 from alpaca_lora.device import available_memory_bytes
 from alpaca_lora.errors import AdapterError, ConfigError, MachineError, NumericalError
@@ -125,10 +132,10 @@ class Lora(LinearAdapter):
         Raises AdapterError when the configuration cannot be right, is not supported, or names nothing in this model.
         """
         cls._check(config, file=file)
-        names, problems = peft_targets(model, config)
+        names, problems = peft_targets(model, config, file=file)
         if not names:
             raise AdapterError(
-                "; ".join(problems) or "names no linear of this model",
+                "; ".join(problems[:MAX_HINTS]) or "names no linear of this model",
                 file=file,
                 field="target_modules",
                 fix="is this the right base model?",
@@ -150,8 +157,8 @@ class Lora(LinearAdapter):
     ) -> Self:  # fmt: skip
         """Put a saved adapter on `model`; `tensors` are those of `expected_shapes`."""
         messages = cls._check(config, file=file)
-        names, problems = peft_targets(model, config)
-        messages += [f"{file}: target_modules: {problem}" for problem in problems]
+        names, problems = peft_targets(model, config, file=file)
+        messages += [f"{file}: target_modules: {problem}" for problem in problems[:MAX_HINTS]]
         chosen = cls._settings(config, names)
         rows = DropoutRows(float(config.get("lora_dropout") or 0.0))
 
@@ -267,11 +274,13 @@ def check_patterns(config: Mapping[str, Any], targets: Iterable[str]) -> None:
     """ConfigError for a pattern that matches the end of no target: it would do nothing, silently."""
     targets = list(targets)
     for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in config.get(field) or {}:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
+        for pattern, _ in end_patterns(config, field):
+            if not any(map(pattern.matches, targets)):
                 ends = dict.fromkeys(name.rpartition(".")[2] for name in targets)
                 raise ConfigError(
-                    f"{pattern!r} matches no target", field=field, expected=f"ends of names such as {', '.join(ends)}"
+                    f"{pattern.text!r} matches no target",
+                    field=field,
+                    expected=f"ends of names such as {', '.join(ends)}",
                 )
 
 

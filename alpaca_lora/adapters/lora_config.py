@@ -7,13 +7,13 @@ Knows no tensors.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 from alpaca_lora.errors import AdapterError, AlpacaLoraError, ConfigError
+from alpaca_lora.models.name_pattern import Effort, NamePattern
 
 # What we write: understood by every PEFT since 0.7 and by the servers that read its files.
 DEFAULTS: Mapping[str, Any] = {
@@ -36,6 +36,12 @@ IGNORED = (
 )  # fmt: skip
 # Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take a part out of its weights.
 MAX_ALPHA = 1e6  # far from what float32 cannot hold
+MAX_ENTRIES = 4096  # of one key; LLaMA-70B has 560 linears
+MAX_ENTRY = 512  # characters of one of them
+_SELECTING = (
+    "target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "feedforward_modules",
+)  # fmt: skip
 SAFE_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -53,6 +59,8 @@ def check_config(config: Mapping[str, Any], *, file: str | PathLike[str] | None 
     ConfigError with the names of our flags when the values came from the user, AdapterError with the file when they
     came from one.
     """
+    check_sizes(config, file)
+    effort = Effort(file)
     _check_number(config, "r", file, "a whole number of at least 1", lambda v: type(v) is int and v >= 1)
     _check_number(config, "lora_alpha", file, f"a number above 0, at most {MAX_ALPHA:g}", _is_alpha)
     _check_number(config, "lora_dropout", file, "at least 0 and below 1", lambda v: _is_finite(v) and 0 <= v < 1)
@@ -62,13 +70,13 @@ def check_config(config: Mapping[str, Any], *, file: str | PathLike[str] | None 
     ):
         value = config.get(key) or {}
         if not isinstance(value, dict) or not all(meets(v) for v in value.values()):
-            raise _error(file, key, f"is {value!r}", f"a table of patterns and {item}")
+            raise _error(file, key, f"is {repr(value)[:200]}", f"a table of patterns and {item}")
         for pattern in value:
-            _compiled(pattern, key, file)
+            NamePattern(pattern, effort, field=key, is_end=True)
     targets = config.get("target_modules")
     if not (isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(t, str) for t in targets))):
-        raise _error(file, "target_modules", f"is {targets!r}", "names or a regular expression")
-    _check_selection(config, file)
+        raise _error(file, "target_modules", f"is {repr(targets)[:200]}", "names or a regular expression")
+    _check_selection(config, file, effort)
     _refuse_unbuilt(config, file)
     known = {*DEFAULTS, *REFUSED, *IGNORED}
     return [
@@ -78,7 +86,22 @@ def check_config(config: Mapping[str, Any], *, file: str | PathLike[str] | None 
     ]
 
 
-def _check_selection(config: Mapping[str, Any], file: str | PathLike[str] | None) -> None:
+def check_sizes(config: Mapping[str, Any], file: str | PathLike[str] | None) -> None:
+    """The keys that name modules: no more entries, and no longer ones, than somebody can have meant. They may be of any
+    type yet.
+    """
+    for key in _SELECTING:
+        value = config.get(key)
+        if not isinstance(value, list | dict):
+            continue
+        if len(value) > MAX_ENTRIES:
+            raise _error(file, key, f"has {len(value)} entries", f"at most {MAX_ENTRIES}")
+        for entry in value:
+            if isinstance(entry, str) and len(entry) > MAX_ENTRY:
+                raise _error(file, key, f"an entry of {len(entry)} characters", f"at most {MAX_ENTRY}")
+
+
+def _check_selection(config: Mapping[str, Any], file: str | PathLike[str] | None, effort: Effort) -> None:
     """The keys beside target_modules that say which modules: their types, and that expressions are expressions."""
     for key, item, words in (
         ("exclude_modules", str, "names or a regular expression"),
@@ -88,13 +111,12 @@ def _check_selection(config: Mapping[str, Any], file: str | PathLike[str] | None
         value = config.get(key)
         items = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(one) is item for one in items):
-            raise _error(file, key, f"is {value!r}", words)
-        expressions = items if key == "layers_pattern" else [value] if isinstance(value, str) else []
-        for expression in expressions:
-            _compiled(expression, key, file)
+            raise _error(file, key, f"is {repr(value)[:200]}", words)
+    if isinstance(excluded := config.get("exclude_modules"), str):
+        NamePattern(excluded, effort, field="exclude_modules")
     targets = config["target_modules"]
     if file is not None and isinstance(targets, str):
-        _compiled(targets, "target_modules", file)
+        NamePattern(targets, effort, field="target_modules")
 
 
 def _refuse_unbuilt(config: Mapping[str, Any], file: str | PathLike[str] | None) -> None:
@@ -119,7 +141,7 @@ def settings(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Setti
     As in PEFT, the first entry of rank_pattern or alpha_pattern that matches the end of the name takes the place of r
     or lora_alpha.
     """
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    ranks, alphas = (end_patterns(config, key) for key in ("rank_pattern", "alpha_pattern"))
     found: dict[str, Setting] = {}
     for name in names:
         rank = _by_pattern(ranks, name, config["r"])
@@ -128,11 +150,16 @@ def settings(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Setti
     return found
 
 
-def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+def end_patterns(config: Mapping[str, Any], key: str) -> list[tuple[NamePattern, Any]]:
+    """The entries of rank_pattern or alpha_pattern, which mean ends of names, in their order."""
+    effort = Effort()
+    return [
+        (NamePattern(text, effort, field=key, is_end=True), value) for text, value in (config.get(key) or {}).items()
+    ]
+
+
+def _by_pattern(patterns: Iterable[tuple[NamePattern, Any]], name: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns if pattern.matches(name)), default)
 
 
 def _is_finite(value: Any) -> bool:
@@ -150,13 +177,6 @@ def _check_number(
         raise _error(file, key, "missing", expected)
     if not meets(config[key]):
         raise _error(file, key, f"is {config[key]!r}", expected)
-
-
-def _compiled(pattern: str, key: str, file: str | PathLike[str] | None) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise _error(file, key, f"{pattern!r} is not a regular expression: {error}", "regular expressions") from error
 
 
 _FLAGS: Mapping[str, str] = {"r": "lora_r", "target_modules": "lora_target_modules"}

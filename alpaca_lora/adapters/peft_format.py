@@ -38,6 +38,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 MAX_CONFIG_BYTES = 4 * 2**20
+MAX_SHOWN = 6  # wrong keys in one message
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # PEFT's type -> our method; LORA stands for several, see `method_of`
 _PEFT_TYPES: Mapping[str, str] = {
@@ -289,21 +290,20 @@ def _check_tensors(path: Path, found: Mapping[str, tuple[int, ...]], expected: M
     """All that is wrong with the file's keys and shapes in one error."""
     if not found:
         raise AdapterError("holds no tensors", file=path, expected=f"{len(expected)} of them")
-    problems: list[str] = []
     missing = [key for key in expected if key not in found]
     extra = [key for key in found if key not in expected]
-    for key in missing:
-        problems.append(f"missing {key}" + _nearest(key, extra))
-    for key in extra:
-        problems.append(f"unexpected {key}" + _nearest(key, missing or list(expected)))
-    for key, shape in expected.items():
-        if key in found and found[key] != shape:
-            problems.append(f"{key} has shape {found[key]}, expected {shape}")
-    if problems:
-        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise AdapterError(f"does not fit the base model and {CONFIG_NAME}: {shown}", file=path)
+    misshapen = [key for key, shape in expected.items() if key in found and found[key] != shape]
+    if not (missing or extra or misshapen):
+        return
+    # only what is shown: to look for alike names takes long, and a file may have a million wrong ones
+    problems = [f"missing {key}" + _nearest(key, extra) for key in missing[:MAX_SHOWN]]
+    problems += [f"unexpected {key[:200]}" + _nearest(key, missing or list(expected)) for key in extra[:MAX_SHOWN]]
+    problems += [f"{key} has shape {found[key]}, expected {expected[key]}" for key in misshapen[:MAX_SHOWN]]
+    more = len(missing) + len(extra) + len(misshapen) - min(len(problems), MAX_SHOWN)
+    shown = "; ".join(problems[:MAX_SHOWN]) + (f"; and {more} more" if more else "")
+    raise AdapterError(f"does not fit the base model and {CONFIG_NAME}: {shown}", file=path)
 
 
 def _nearest(key: str, others: list[str]) -> str:
-    alike = nearest(key, others[:200])
+    alike = nearest(key[:200], [other[:200] for other in others[:200]])
     return f" (nearest: {alike[0]})" if alike else ""

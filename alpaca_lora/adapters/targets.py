@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,10 @@ from torch import nn
 from alpaca_lora.errors import ConfigError, nearest
 from alpaca_lora.models.linear import LinearContract, PackedLinear
 from alpaca_lora.models.module_names import ALL_LINEAR, HEADS, METACHARACTERS, name_matcher
+from alpaca_lora.models.name_pattern import Effort, NamePattern
+
+MAX_HINTS = 10  # entries that match nothing for which alike names are looked for, which takes long
+_LAYERS_NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -39,7 +44,7 @@ def find_targets(model: nn.Module, spec: Sequence[str] | str) -> list[str]:
     ConfigError when an entry matches nothing or something that is no linear; all such entries are listed, with the
     nearest names.
     """
-    found, problems = match_targets(model, [spec] if isinstance(spec, str) else spec)
+    found, problems = match_targets(model, [spec] if isinstance(spec, str) else spec, "lora_target_modules", Effort())
     if problems:
         raise ConfigError("; ".join(problems), field="lora_target_modules", expected="names of linears of this model")
     if not found:
@@ -47,19 +52,23 @@ def find_targets(model: nn.Module, spec: Sequence[str] | str) -> list[str]:
     return found
 
 
-def match_targets(model: nn.Module, entries: Sequence[str]) -> tuple[list[str], list[str]]:
+def match_targets(
+    model: nn.Module, entries: Sequence[str], field: str, effort: Effort
+) -> tuple[list[str], list[str]]:  # fmt: skip
     """(names found, one sentence for each entry that matched nothing or no linear)."""
     linears = linear_names(model)
     modules = dict(model.named_modules())
     found: set[str] = set()
     problems: list[str] = []
     for entry in entries:
-        matches = name_matcher(entry, "lora_target_modules")
+        matches = name_matcher(entry, field, effort)
         hits = [name for name in linears if matches(name)]
         found.update(hits)
-        if not hits:
+        if not hits and len(problems) < MAX_HINTS:
             others = [name for name in modules if name and matches(name)]
             problems.append(_problem(entry, others, modules, linears))
+        elif not hits:
+            problems.append(f"{entry!r} matches nothing")
     return [name for name in linears if name in found], problems
 
 
@@ -102,45 +111,57 @@ def _matches_others(model: nn.Module, expression: str, chosen: set[str]) -> bool
     # an activation is a module elsewhere (transformers' mlp.act_fn), which an open end such as `mlp\..*` would match
     elsewhere = {f"{name.rpartition('.')[0]}.act_fn" for name in chosen}
     names = {name for name, _ in model.named_modules()} | elsewhere
-    compiled = _compiled(expression, "lora_target_modules")
-    return any(compiled.fullmatch(name) for name in names - chosen)
+    pattern = NamePattern(expression, Effort(), field="lora_target_modules")
+    return any(pattern.matches(name) for name in names - chosen)
 
 
-def peft_targets(model: nn.Module, config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(names, problems) of target_modules, exclude_modules and layers_to_transform of an adapter_config.json."""
-    wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
+def peft_targets(
+    model: nn.Module, config: Mapping[str, Any], *, file: str | PathLike[str] | None = None
+) -> tuple[list[str], list[str]]:  # fmt: skip
+    """(names, problems) of target_modules, exclude_modules and layers_to_transform of an adapter_config.json, which
+    ``file`` is. An error for expressions that are not understood or take too long.
+    """
+    wanted, excluded, effort = config.get("target_modules"), config.get("exclude_modules"), Effort(file)
     if isinstance(wanted, str) and wanted != ALL_LINEAR:
-        expression = _compiled(wanted, "target_modules")
-        names = [name for name in linear_names(model) if expression.fullmatch(name)]
-        problems = [] if names else [f"{wanted!r} matches nothing"]
+        pattern = NamePattern(wanted, effort, field="target_modules")
+        names = [name for name in linear_names(model) if pattern.matches(name)]
+        problems = [] if names else [f"{wanted[:200]!r} matches nothing"]
     else:
-        names, problems = match_targets(model, [wanted] if isinstance(wanted, str) else list(wanted or ()))
+        entries = [wanted] if isinstance(wanted, str) else list(wanted or ())
+        names, problems = match_targets(model, entries, "target_modules", effort)
     if isinstance(excluded, str):
-        expression = _compiled(excluded, "exclude_modules")
-        names = [name for name in names if not expression.fullmatch(name)]
+        pattern = NamePattern(excluded, effort, field="exclude_modules")
+        names = [name for name in names if not pattern.matches(name)]
     elif excluded:
         names = [name for name in names if not any(name == e or name.endswith("." + e) for e in excluded)]
     layers = config.get("layers_to_transform")
     if layers is not None and layers != [] and not isinstance(wanted, str):
         chosen = {layers} if isinstance(layers, int) else set(layers)
-        names = [n for n in names if n in (wanted or ()) or _layer_index(n, config.get("layers_pattern")) in chosen]
+        lists = _layer_lists(config.get("layers_pattern"), effort)
+        names = [name for name in names if name in (wanted or ()) or _layer_number(name, lists) in chosen]
     return names, problems
 
 
-def _compiled(expression: str, field: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise ConfigError(f"{expression!r} is not a regular expression: {error}", field=field) from error
+def _layer_lists(value: str | Sequence[str] | None, effort: Effort) -> list[list[str]]:
+    """The parts of each name of a list of layers; of one list without a name, where none is given. An expression is
+    refused: nobody names layers by one.
+    """
+    names = [value] if isinstance(value, str) and value else list(value or ())
+    for name in names:
+        if not _LAYERS_NAME.fullmatch(name):
+            raise effort.error(
+                f"{name[:200]!r} is not the name of a list of layers", "layers_pattern", "for example layers or h"
+            )
+    return [name.split(".") for name in names] or [[]]
 
 
-def _layer_index(name: str, patterns: str | Iterable[str] | None) -> int | None:
-    """Number of the layer that module `name` is in: after the list called `patterns`, else the name's first number."""
-    choices = [patterns] if isinstance(patterns, str) else list(patterns or ()) or [r"[^.]*"]
-    for pattern in choices:
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
-        if match:
-            return int(match.group(1))
+def _layer_number(name: str, lists: Iterable[Sequence[str]]) -> int | None:
+    """Number of the layer that a module is in: after one of the ``lists``, the first of them that its name has."""
+    parts = name.split(".")
+    for wanted in lists:
+        for at in range(max(1, len(wanted)), len(parts) - 1):
+            if parts[at].isdecimal() and parts[at - len(wanted) : at] == wanted:
+                return int(parts[at])
     return None
 
 
@@ -193,12 +214,12 @@ def find_modules(model: nn.Module, entries: Sequence[str], *, field: str = "modu
     return [name for name in names if name in found]
 
 
-def in_layers(names: Iterable[str], layers: Sequence[int], patterns: Sequence[str] = ()) -> list[str]:
+def in_layers(names: Iterable[str], layers: Sequence[int]) -> list[str]:
     """Those of ``names`` that lie in one of the decoder layers with these numbers. ConfigError for a number that no
     name has.
     """
     names = list(names)
-    numbers = {name: _layer_index(name, list(patterns)) for name in names}
+    numbers = {name: _layer_number(name, [[]]) for name in names}
     known = {number for number in numbers.values() if number is not None}
     if missing := sorted(set(layers) - known):
         raise ConfigError(

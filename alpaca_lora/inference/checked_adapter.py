@@ -29,12 +29,11 @@ from alpaca_lora.adapters.peft_format import (
     read_tensors,
 )
 from alpaca_lora.adapters.record import RECORD_NAME, AdapterRecord, read_record
-from alpaca_lora.adapters.targets import HEAD_OF_CLASSES
+from alpaca_lora.adapters.targets import HEAD_OF_CLASSES, MAX_HINTS, peft_targets
 from alpaca_lora.adapters.virtual_tokens import BASE_PREFIX, KNOWN
 from alpaca_lora.adapters.whole_modules import CLASS_HEADS, PEFT_PREFIX
 from alpaca_lora.device import available_memory_bytes
 from alpaca_lora.errors import AdapterError, MachineError, ModelFileError, UserError
-from alpaca_lora.inference.adapter_targets import AdapterTargets
 from alpaca_lora.inference.adapter_weights import AdapterWeights, num_bytes_of
 from alpaca_lora.inference.banked_linear import BankRows
 from alpaca_lora.inference.loaded_adapter import LoadedAdapter
@@ -69,7 +68,6 @@ class CheckedAdapter:
     folder: Path
     base: ServedBase
     method: str
-    config: dict[str, Any]
     record: AdapterRecord | None
     shapes: dict[str, tuple[int, ...]]
     settings: dict[str, Setting]
@@ -94,7 +92,7 @@ class CheckedAdapter:
         header = read_header(folder / WEIGHTS_NAME)
         labels = _labels(folder, config, record, header)
         if method in LOW_RANK:
-            config, shapes, settings, messages = _low_rank(folder, config, method, base.model)
+            shapes, settings, messages = _low_rank(folder, config, method, base.model)
         else:
             shapes, settings = method_class(method).expected_shapes(base.model, config, file=folder / CONFIG_NAME), {}
             known = KNOWN | method_class(method).known  # pyright: ignore
@@ -107,7 +105,7 @@ class CheckedAdapter:
         _check_header(folder, header, shapes)
         num_bytes = num_bytes_of(base.model, method, shapes)
         checked = cls(
-            folder, base, method, config, record, shapes, settings, labels, num_bytes, tuple(messages)
+            folder, base, method, record, shapes, settings, labels, num_bytes, tuple(messages)
         )  # fmt: skip
         checked._check_memory()
         return checked
@@ -221,22 +219,24 @@ def _labels(
 
 def _low_rank(
     folder: Path, config: dict[str, Any], method: str, model: CausalLM
-) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Setting], list[str]]:
-    """(configuration without expressions, shapes, settings, messages)."""
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Setting], list[str]]:
+    """(shapes, settings, messages)."""
     file = folder / CONFIG_NAME
     rules = adalora_config if method == "adalora" else lora_config
-    targets = AdapterTargets.find(model, config, rules.check_config, file=file)
-    if HEAD_OF_CLASSES in targets.names:
+    messages = rules.check_config(config, file=file)
+    names, problems = peft_targets(model, config, file=file)
+    if HEAD_OF_CLASSES in names:
         raise AdapterError("the head of a classifier cannot carry an adapter here", file=file, field="target_modules")
-    plain = {**targets.config, "modules_to_save": None}
-    settings = rules.settings(plain, targets.names)
+    settings = rules.settings(config, names)
     for name, setting in settings.items():
         if setting.rank > MAX_RANK or not math.isfinite(setting.scale):
             raise AdapterError(
                 f"{name} has rank {setting.rank} and scale {setting.scale:g}", file=file, field="r",
                 expected=f"a rank of at most {MAX_RANK}",
             )  # fmt: skip
-    return plain, method_class(method).expected_shapes(model, plain, file=file), settings, targets.messages
+    # modules_to_save holds nothing but a classifier's head by now, which `_labels` has looked at
+    shapes = method_class(method).expected_shapes(model, {**config, "modules_to_save": None}, file=file)
+    return shapes, settings, messages + [f"{file}: target_modules: {problem}" for problem in problems[:MAX_HINTS]]
 
 
 def _check_header(folder: Path, header: Header, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -126,13 +126,16 @@ def test_feedforward_modules_follow_peft_s_rule() -> None:
     assert feedforward_names(names, ["down_proj"]) == {"a.down_proj", "b.down_proj"}
     assert feedforward_names(names, "a.*proj") == {"a.down_proj", "a.k_proj"}
     assert feedforward_names(names, []) == set()
+    assert feedforward_names(["a" * 60], r"(([a-z._]*)*)*!") == set()  # `re` would take years
 
 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
         ({"target_modules": 3}, "target_modules"), ({"target_modules": ["nope"]}, "matches nothing"),
-        ({"feedforward_modules": "("}, "not a regular expression"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"feedforward_modules": "("}, "not a regular expression"),
+        ({"feedforward_modules": ["x"] * 5000}, "feedforward_modules: has 5000 entries"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_right_is_refused(usual: Make, changes: dict[str, Any], match: str) -> None:

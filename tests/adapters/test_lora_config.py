@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_errors_speak_of_flags_to_users_and_of_keys_to_files() -> None:
         ("exclude_modules", 5, "exclude_modules: is 5, expected names or a regular expression"),
         ("exclude_modules", "(", "exclude_modules: '(' is not a regular expression"),
         ("layers_to_transform", "x", "layers_to_transform: is 'x', expected numbers of layers"),
-        ("layers_pattern", ["("], "layers_pattern: '(' is not a regular expression"),
+        ("layers_pattern", [5], "layers_pattern: is [5], expected names of lists of layers"),
         ("target_modules", "(q", "target_modules: '(q' is not a regular expression"),
         ("lora_alpha", 1e308, "lora_alpha: is 1e+308, expected a number above 0, at most 1e+06"),
         ("alpha_pattern", {"q_proj": 1e308}, "alpha_pattern: is {'q_proj': 1e+308}, expected a table"),
@@ -84,3 +85,29 @@ def test_a_file_s_odd_values_are_named_before_they_are_used(key: str, value: Any
     with pytest.raises(AdapterError) as caught:
         check_config({**DEFAULTS, "target_modules": ["q_proj"], key: value}, file="f.json")
     assert str(caught.value).startswith(f"f.json: {message}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": [f"m{n}" for n in range(5000)]}, "target_modules: has 5000 entries, expected at most 4096"),
+        ({"modules_to_save": ["x" * 600]}, "modules_to_save: an entry of 600 characters, expected at most 512"),
+        ({"rank_pattern": {f"m{n}": 4 for n in range(5000)}}, "rank_pattern: has 5000 entries"),
+        ({"alpha_pattern": {"(a+)+" * 401: 4}}, "alpha_pattern: an entry of 2005 characters"),
+        ({"rank_pattern": {r"(.)\1": 4}}, r"rank_pattern: '(.)\\1' is not a regular expression: \1 is not understood"),
+        ({"rank_pattern": {f"({'a|' * 250}{n})*": 4 for n in range(4096)}}, "rank_pattern: expressions of module"),
+    ],
+)  # fmt: skip
+def test_a_file_that_would_take_long_is_refused(changes: dict[str, Any], message: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(AdapterError) as caught:
+        check_config({**DEFAULTS, "target_modules": ["q_proj"], **changes}, file="f.json")
+    assert str(caught.value).startswith(f"f.json: {message}") and time.monotonic() - started < 20
+
+
+def test_hostile_patterns_of_ends_take_no_time() -> None:
+    started = time.monotonic()
+    names = [f"model.layers.{n}.self_attn.q_proj" for n in range(100)]
+    hostile = {r"([a-z._0-9]*)*!": 4, r"(a|a|.)*!": 2, "self_attn.q_proj": 3}
+    found = settings({**GOOD, "r": 8, "rank_pattern": hostile, "alpha_pattern": hostile}, names)
+    assert set(found.values()) == {Setting(3, 1.0)} and time.monotonic() - started < 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -259,6 +260,16 @@ def test_keys_shapes_and_values_are_checked_before_the_model_is_touched(
         load_adapter(folder, model)
     assert "adapter_model.safetensors" in str(caught.value) and caught.value.exit_code in (2, 3, 5)
     assert is_untouched(model)
+
+
+def test_thousands_of_wrong_keys_are_told_quickly_and_counted(options: Make, tmp_path: Path) -> None:
+    folder, started = saved(tmp_path / "a", options()), time.monotonic()
+    rewrite(folder, lambda t: t.update({f"{Q}.{n}": torch.zeros(1) for n in range(5000)} | {Q: t[Q][:3]}))
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(folder, tiny_model())
+    assert time.monotonic() - started < 20  # to look for the nearest name of each would take minutes
+    told = str(caught.value)
+    assert told.count("nearest: ") == 6 and told.endswith("; and 4995 more") and len(told) < 3000
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
 from torch import nn
 
 from alpaca_lora.adapters.targets import find_targets, linear_names, peft_spec, peft_targets
-from alpaca_lora.errors import ConfigError
+from alpaca_lora.errors import AdapterError, ConfigError
 from tests.tiny import tiny_model
 
 QV = [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"]
@@ -112,3 +115,61 @@ def test_layers_and_exclusions_of_peft_files(model: nn.Module) -> None:
     assert names(layers_to_transform=0, layers_pattern="layers") == QV[:2]
     assert names(exclude_modules=["v_proj"]) == [QV[0], QV[2]]
     assert names(exclude_modules=r".*\.1\..*") == QV[:2]
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ATTENTION},
+        {"target_modules": "q_proj|.*up_proj"},
+        {"target_modules": r".*\.(1|10)\..*\.(q|up)_proj"},
+        {"target_modules": r"model\.layers\.(?!0\.).*_proj"},
+        {"target_modules": ["lm_head", "self_attn.q_proj", "model.layers.3.mlp.up_proj"]},
+        {"target_modules": ATTENTION, "exclude_modules": r".*layers\.[0-4]\..*"},
+        {"target_modules": ATTENTION, "exclude_modules": ["q_proj", "layers.0.self_attn.k_proj"]},
+        {"target_modules": ATTENTION, "layers_to_transform": 1},
+        {"target_modules": ATTENTION, "layers_to_transform": [1, 10], "layers_pattern": "layers"},
+        {"target_modules": ATTENTION, "layers_to_transform": [2], "layers_pattern": ["h", "layers"]},
+        {"target_modules": ["model.layers.3.mlp.up_proj", "q_proj"], "layers_to_transform": [0]},
+    ],
+)  # fmt: skip
+def test_as_peft_chooses(config: dict[str, Any]) -> None:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    model = tiny_model(num_layers=12)
+    theirs = LoraConfig(**config)
+    expected = [name for name in linear_names(model) if check_target_module_exists(theirs, name)]
+    assert expected and peft_targets(model, config) == (expected, [])
+
+
+HOSTILE = [r"(a+)+$", r"(([a-z._0-9]*)*)*!", r"(.*.*.*.*.*.*.*.*.*.*)*!", "(a|a)" * 80 + "!", r"(.*_?)+x{9}"]
+
+
+@pytest.mark.parametrize("expression", HOSTILE)
+def test_an_expression_that_backtracks_for_years_takes_no_time(expression: str) -> None:
+    """For `re`, each of them does with names such as ours; the user's own are matched by the same engine."""
+    model, started = tiny_model(num_layers=12), time.monotonic()
+    for config in ({"target_modules": expression}, {"target_modules": [expression, "q_proj"]}):
+        names, problems = peft_targets(model, config, file="f.json")
+        assert len(names) in (0, 12) and "matches nothing" in problems[0]
+    assert len(peft_targets(model, {"target_modules": ["q_proj"], "exclude_modules": expression})[0]) == 12
+    with pytest.raises(ConfigError, match="matches nothing"):
+        find_targets(model, [expression])
+    assert time.monotonic() - started < 20
+
+
+def test_lists_of_layers_have_plain_names(model: nn.Module) -> None:
+    config = {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": r"(a*)*"}
+    with pytest.raises(AdapterError, match=r"f\.json: layers_pattern: '\(a\*\)\*' is not the name of a list of layers"):
+        peft_targets(model, config, file="f.json")
+
+
+def test_thousands_of_wrong_names_are_told_quickly(model: nn.Module) -> None:
+    started = time.monotonic()
+    names, problems = peft_targets(model, {"target_modules": [f"k_proj{n}" for n in range(4000)]})
+    assert names == [] and len(problems) == 4000 and time.monotonic() - started < 20
+    assert "nearest: k_proj" in problems[0] and problems[-1] == "'k_proj3999' matches nothing"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alpaca_lora.errors import AdapterError
-from alpaca_lora.inference.name_pattern import Effort, NamePattern
+from alpaca_lora.errors import AdapterError, ConfigError
+from alpaca_lora.models.name_pattern import Effort, NamePattern
 
 NAMES = [
     "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj", "model.layers.11.mlp.up_proj", "lm_head",
@@ -19,7 +19,7 @@ NAMES = [
 
 
 def matches(text: str, name: str, *, is_end: bool = False) -> bool:
-    return NamePattern(text, file="f", field="target_modules", is_end=is_end).matches(name, Effort("f"))
+    return NamePattern(text, Effort("f"), field="target_modules", is_end=is_end).matches(name)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,7 @@ def matches(text: str, name: str, *, is_end: bool = False) -> bool:
         r"(?P<part>a|b)+\.[]b-]{1,2}[a]", r"a{2}", r"a{,2}", r"a{1,}", r"a{0}", r".{3,4}", r"(a?){5}", r"(a*)*",
         r"(|a)+",
         r"\S+", r"\D*", r"a{b", r"x{}", r"[.]*[\w.]*", r"(?:(?:a|b)\.?)*", r"a\B.*", r"[a\-z]b.[\d\w]a", r"a$|^b", "é*",
+        r"^model\.layers\.1\.self_attn\.k_proj", r"lm\_head$", "model.layers.0.self_attn.q_proj",
     ],
 )  # fmt: skip
 def test_as_re(text: str) -> None:
@@ -62,7 +63,7 @@ def test_as_re_whatever_it_is(text: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        (r"(.)\1", r"understood here: \\1"), (r"(?<=a)b", r"begins with \(\?<"), (r"(?i)a", r"begins with \(\?i"),
+        (r"(.)\1", r"\\1 is not understood here"), (r"(?<=a)b", r"begins with \(\?<"), (r"(?i)a", r"begins with \(\?i"),
         (r"(?P=x)", "begins with"), (r"(?>a)", "begins with"), (r"a*+", "repetition of a repetition"),
         ("a**", "repetition"), ("*a", "repetition of nothing"), ("(a", r"a \( without its \)"),
         ("a)", r"a \) without its \("), ("[a", "too early"), ("a\\", "too early"), (r"\x41", r"\\x"),
@@ -72,8 +73,11 @@ def test_as_re_whatever_it_is(text: str, name: str) -> None:
 )  # fmt: skip
 def test_what_is_not_understood_is_refused(text: str, match: str) -> None:
     with pytest.raises(AdapterError, match=match) as caught:
-        NamePattern(text, file="folder/adapter_config.json", field="rank_pattern")
+        NamePattern(text, Effort("folder/adapter_config.json"), field="rank_pattern")
     assert str(caught.value).startswith("folder/adapter_config.json: rank_pattern: ")
+    with pytest.raises(ConfigError, match=match) as said:
+        NamePattern(text, Effort(), field="lora_target_modules")
+    assert str(said.value).startswith("lora_target_modules: ")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,9 @@ def test_what_backtracks_for_years_takes_no_time(text: str) -> None:
 
 
 def test_effort_ends() -> None:
-    pattern = NamePattern(r"(.*(?=.*b).*)*", file="f", field="target_modules")
-    assert pattern.matches("ab" * 60, Effort("f"))
-    with pytest.raises(AdapterError, match="f: target_modules: its expressions of module names take too long"):
-        pattern.matches("ab" * 60, Effort("f", 100))
+    text = r"(.*(?=.*b).*)*"
+    assert matches(text, "ab" * 60)
+    with pytest.raises(AdapterError, match="f: target_modules: expressions of module names take too long"):
+        NamePattern(text, Effort("f", steps=100), field="target_modules").matches("ab" * 60)
+    with pytest.raises(AdapterError, match="take too long"):  # to be read
+        NamePattern("[a-z]" * 50, Effort("f", steps=100), field="target_modules")

@@ -1,4 +1,4 @@
-"""Expressions over module names that a stranger's adapter brings, matched in bounded time.
+"""Regular expressions over module names, matched in bounded time: a stranger's adapter brings some.
 
 Python's `re` tries one way after the other: ``(a+)+$`` takes years on a name of 60 letters, and nothing interrupts it.
 Here a set of places goes through the expression, as the bits of a number (bit i: before character i), so that no place
@@ -12,44 +12,52 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 
-from alpaca_lora.errors import AdapterError
+from alpaca_lora.errors import AdapterError, ConfigError, UserError
 
 MAX_LENGTH = 2000  # of an expression; those of target_modules that trainers write have up to 500 characters
 MAX_DEPTH = 40  # groups inside of groups
 MAX_REPEATS = 1000
-MAX_STEPS = 2_000_000  # of all expressions of one adapter together; about a second
+MAX_STEPS = 2_000_000  # of the expressions that share an `Effort`; about a second
 _ASCII = frozenset(map(chr, range(128)))
 _CLASSES = {
     "d": frozenset(string.digits),
     "w": frozenset(string.ascii_letters + string.digits + "_"),
     "s": frozenset(" \t\n\r\f\v"),
 }
-_PLAIN = re.compile(r"[A-Za-z0-9_.\-]*")
+_PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.\-]|\\[^A-Za-z0-9])*\$?")
 _BRACES = re.compile(r"\{(\d{0,6})(?:(,)(\d{0,6}))?\}")
 
 
 class Effort:
-    """What is left of the steps that all expressions of one adapter may take; AdapterError when none is."""
+    """What is left of the steps that some expressions may take together, to be read and to be matched. Those of
+    ``file`` raise AdapterError, those of the user ConfigError.
+    """
 
-    def __init__(self, file: str | PathLike[str], steps: int = MAX_STEPS) -> None:
+    def __init__(self, file: str | PathLike[str] | None = None, *, steps: int = MAX_STEPS) -> None:
         self.file, self.left = file, steps
 
-    def step(self, count: int = 1) -> None:
+    def step(self, field: str, count: int = 1) -> None:
         self.left -= count
         if self.left < 0:
-            raise AdapterError(
-                "its expressions of module names take too long", file=self.file, field="target_modules",
-                expected="names, or simple expressions", fix="write the names of the modules themselves",
+            raise self.error(
+                "expressions of module names take too long", field, "names, or simple expressions",
+                "write the names of the modules themselves",
             )  # fmt: skip
+
+    def error(self, what: str, field: str, expected: str, fix: str | None = None) -> UserError:
+        if self.file is None:
+            return ConfigError(what, field=field, expected=expected, fix=fix)
+        return AdapterError(what, file=self.file, field=field, expected=expected, fix=fix)
 
 
 class _Walk:
     """One name on its way through an expression."""
 
-    def __init__(self, name: str, effort: Effort) -> None:
-        self.name, self.end, self.effort = name, len(name), effort
+    def __init__(self, name: str, step: Callable[[], None]) -> None:
+        self.name, self.end, self.step = name, len(name), step
         self._where: dict[frozenset[str], int] = {}
 
     def where(self, accepted: frozenset[str]) -> int:
@@ -69,17 +77,16 @@ Node = Callable[[_Walk, int], int]  # (walk, places where it may begin) -> place
 
 
 class NamePattern:
-    """One expression. AdapterError, with ``file`` and ``field``, for one that is not understood.
+    """One expression of the key ``field``. An error, of the kind that ``effort`` says, for one that is not understood.
 
     ``is_end``: it means the end of a name, as in PEFT's rank_pattern and alpha_pattern, in place of the whole name.
     """
 
-    def __init__(self, text: str, *, file: str | PathLike[str], field: str, is_end: bool = False) -> None:
-        self.text, self._plain, self._node = text, None, None
+    def __init__(self, text: str, effort: Effort, *, field: str, is_end: bool = False) -> None:
+        self.text, self._effort, self._field, self._plain, self._node = text, effort, field, None, None
         if len(text) > MAX_LENGTH:
-            raise AdapterError(
-                f"an expression of {len(text)} characters", file=file, field=field, expected=f"at most {MAX_LENGTH}"
-            )
+            raise effort.error(f"an expression of {len(text)} characters", field, f"at most {MAX_LENGTH}")
+        effort.step(field, len(text))
         if _PLAIN.fullmatch(text):
             # nothing in it repeats, so `re` is quick, and names are by far the most of what is asked
             self._plain = re.compile(rf"(.*\.)?({text})" if is_end else text)
@@ -87,20 +94,20 @@ class NamePattern:
         try:
             node = _Parser(text).parse()
         except _NotUnderstood as error:
-            raise AdapterError(
-                f"{text[:200]!r} is not understood here: {error}", file=file, field=field,
-                expected="names, or expressions with . [] () | * + ? {} \\d \\w only",
+            raise effort.error(
+                f"{text[:200]!r} is not a regular expression: {error}", field,
+                "names, or expressions of names with . [] () | * + ? {} \\d \\w only", r"for example '.*\.(q|v)_proj'",
             ) from error  # fmt: skip
         before = _repeat(_sequence([_repeat(_characters(_ASCII), 0, None), _characters(frozenset("."))]), 0, 1)
         self._node = _sequence([before, node]) if is_end else node
 
-    def matches(self, name: str, effort: Effort) -> bool:
-        """Whether it is this name, or its end. AdapterError when the adapter's `Effort` is used up."""
+    def matches(self, name: str) -> bool:
+        """Whether it is this name, or its end. An error when the `Effort` is used up."""
+        self._effort.step(self._field)
         if self._plain is not None:
-            effort.step()
             return self._plain.fullmatch(name) is not None
         assert self._node is not None
-        walk = _Walk(name, effort)
+        walk = _Walk(name, partial(self._effort.step, self._field))
         return bool(self._node(walk, 1) >> walk.end & 1)
 
 
@@ -109,7 +116,7 @@ class NamePattern:
 
 def _characters(accepted: frozenset[str]) -> Node:
     def node(walk: _Walk, places: int) -> int:
-        walk.effort.step()
+        walk.step()
         return (places & walk.where(accepted)) << 1
 
     return node
@@ -139,14 +146,14 @@ def _either(choices: list[Node]) -> Node:
 def _repeat(body: Node, least: int, most: int | None) -> Node:
     def node(walk: _Walk, places: int) -> int:
         for _ in range(least):
-            walk.effort.step()
+            walk.step()
             if not (places := body(walk, places)):
                 return 0
         found = new = places
         rounds = least
         # a place that was reached in fewer rounds has all the ways on that it will have in more
         while new and (most is None or rounds < most):
-            walk.effort.step()
+            walk.step()
             new = body(walk, new) & ~found
             found |= new
             rounds += 1
@@ -159,7 +166,7 @@ def _ahead(body: Node, wanted: bool) -> Node:
     def node(walk: _Walk, places: int) -> int:
         found = 0
         for place in range(walk.end + 1):
-            walk.effort.step()
+            walk.step()
             if places >> place & 1 and bool(body(walk, 1 << place)) is wanted:
                 found |= 1 << place
         return found
@@ -228,7 +235,7 @@ class _Parser:
             raise _NotUnderstood(f"a repetition of {least} to {most}, expected at most {MAX_REPEATS}")
         self._takes("?")  # lazy: another order, the same names
         if self._peek() in ("*", "+", "?") or self._is_braces():
-            raise _NotUnderstood("a repetition of a repetition without brackets")
+            raise _NotUnderstood("a repetition of a repetition without brackets is not understood here")
         return _repeat(body, least, most)
 
     def _bounds(self) -> tuple[int, int | None] | None:
@@ -272,7 +279,7 @@ class _Parser:
                 while self._next() != ">":
                     pass
             elif not self._takes(":"):
-                raise _NotUnderstood(f"a group that begins with (?{self._peek()}")
+                raise _NotUnderstood(f"a group that begins with (?{self._peek()} is not understood here")
         node = self._choices(depth + 1)
         if not self._takes(")"):
             raise _NotUnderstood("a ( without its )")
@@ -289,7 +296,7 @@ class _Parser:
         if (found := _CLASSES.get(sign.lower())) is not None:
             return found if sign.islower() else _ASCII - found
         if sign.isalnum():
-            raise _NotUnderstood(f"\\{sign}")
+            raise _NotUnderstood(f"\\{sign} is not understood here")
         return frozenset(sign)
 
     def _class(self) -> frozenset[str]:
