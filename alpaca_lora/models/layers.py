@@ -46,6 +46,11 @@ class Embedding(nn.Module):
             return self._rows.read(ids_T)
         return F.embedding(ids_T, self.weight)
 
+    def release(self) -> None:
+        """Give back the memory that looking at ``weight`` took, where its rows are read from a file."""
+        if self._rows is not None and self._is_as_stored():
+            self._rows.release()
+
     def _is_as_stored(self) -> bool:
         return not self.weight.requires_grad and _state_of(self.weight) == self._unchanged
 

@@ -16,6 +16,7 @@ from torch import nn
 from alpaca_lora.adapters.base import Adapter
 from alpaca_lora.data.examples import StepBatch
 from alpaca_lora.errors import NumericalError
+from alpaca_lora.models.layers import Embedding
 from alpaca_lora.models.linear import PackedLinear
 from alpaca_lora.training.durable import replace_file
 from alpaca_lora.training.micro_batch import describe
@@ -82,11 +83,18 @@ class FrozenCheck:
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 self._frozen |= {f"{name}.{part}": buffer for part, buffer in module.named_buffers()}
-        self._sums = _checksums(self._frozen.values())
+        self._tables = [module for module in model.modules() if isinstance(module, Embedding)]
+        self._sums = self._count()
+
+    def _count(self) -> list[int]:
+        sums = _checksums(self._frozen.values())
+        for table in self._tables:
+            table.release()
+        return sums
 
     def check(self) -> None:
         """NumericalError naming the modules of which a weight is another one now."""
-        sums = _checksums(self._frozen.values())
+        sums = self._count()
         changed = [name for name, one, other in zip(self._frozen, sums, self._sums, strict=True) if one != other]
         if changed:
             modules = list(dict.fromkeys(name.rpartition(".")[0].replace(".base", "") or name for name in changed))

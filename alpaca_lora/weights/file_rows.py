@@ -29,10 +29,10 @@ class FileRows:
         length = start - first + self.num_rows * self._row_bytes
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - as long as the matrix
-            mapped = mmap.mmap(self._file.fileno(), length, access=mmap.ACCESS_COPY, offset=first)
+            self._map = mmap.mmap(self._file.fileno(), length, access=mmap.ACCESS_COPY, offset=first)
         except (OSError, ValueError) as error:
             raise ModelFileError(f"cannot be read: {error}", file=path, field=name) from error
-        flat = torch.frombuffer(mapped, dtype=dtype, count=self.num_rows * self.width, offset=start - first)
+        flat = torch.frombuffer(self._map, dtype=dtype, count=self.num_rows * self.width, offset=start - first)
         self.weight = flat.view(self.num_rows, self.width)
 
     def read(self, ids_N: torch.Tensor) -> torch.Tensor:
@@ -49,6 +49,11 @@ class FileRows:
             elif os.preadv(self._file.fileno(), [rows[place].data], self.start + row * size) != size:
                 raise ModelFileError("the file ends inside of this tensor", file=self.path, field=self.name)
         return out_ND
+
+    def release(self) -> None:
+        """Give back the memory that looking at ``weight`` took. Whoever has written to it loses that."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def __deepcopy__(self, _: object) -> FileRows:
         return self  # nothing in it changes

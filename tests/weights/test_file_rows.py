@@ -129,3 +129,28 @@ print(current_memory_bytes() - before - taken.nbytes, rows.weight.nbytes)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     grown, stored = map(int, done.stdout.split())
     assert grown < stored / 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_frozen_table_takes_no_memory_after_it_was_checked(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {"table": torch.randn(40_000, 512)})
+    code = f"""
+import torch
+from alpaca_lora.device import current_memory_bytes
+from alpaca_lora.models.layers import Embedding
+from alpaca_lora.training.guards import FrozenCheck
+from alpaca_lora.weights.file_rows import FileRows
+from alpaca_lora.weights.safetensors_file import read_header
+entry = read_header({str(path)!r}).tensors["table"]
+embedding = Embedding(40_000, 512, dtype=torch.float32, device="meta")
+embedding.stay_in_file(FileRows({str(path)!r}, "table", entry.start, entry.shape, torch.float32))
+torch.ones(5000, 512, dtype=torch.int32).sum(dtype=torch.int64)
+before = current_memory_bytes()
+check = FrozenCheck(torch.nn.Sequential(embedding))
+check.check()
+print(current_memory_bytes() - before, embedding.weight.nbytes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    grown, stored = map(int, done.stdout.split())
+    assert grown < stored / 8
