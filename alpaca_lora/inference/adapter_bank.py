@@ -23,6 +23,7 @@ from alpaca_lora.adapters.record import RECORD_NAME
 from alpaca_lora.errors import AdapterError, MachineError, nearest
 from alpaca_lora.inference.banked_linear import BankedLinear, BankRows
 from alpaca_lora.inference.checked_adapter import CheckedAdapter, ServedBase
+from alpaca_lora.inference.copy_room import CopyRoom
 from alpaca_lora.inference.loaded_adapter import LoadedAdapter
 from alpaca_lora.models.decoder import CausalLM
 
@@ -53,9 +54,10 @@ class AdapterBank:
     """The adapters of one served model. Everything may be called from any thread, beside a running forward; `set_rows`
     from the thread that runs the forward, whose linears read nothing else.
 
-    max_bytes: of all adapters in memory; None: no limit. The float32 copies that each thread which runs forwards has of
-    those in its step (`adapter_stack`) are not counted: let one thread run them. base_name: what no adapter may be
-    called. tokenizer_fingerprint: of the tokenizer that prompts are made with, compared with the adapters' own.
+    max_bytes: of all adapters in memory, and of the float32 copies that a thread which runs forwards has of those in
+    its steps (`adapter_stack`); None: no limit. Adapters that nobody uses leave for copies, copies are given up for an
+    adapter that is asked for. base_name: what no adapter may be called. tokenizer_fingerprint: of the tokenizer that
+    prompts are made with, compared with the adapters' own.
     """
 
     def __init__(
@@ -66,8 +68,9 @@ class AdapterBank:
         check_free(model)
         self.max_bytes = max_bytes
         self._base, self._base_name = ServedBase(model, base_fingerprint, tokenizer_fingerprint), base_name
-        self._rows = BankRows(model.embeddings.weight.device)
         self._lock = threading.Lock()  # of all below; never held while a file is read
+        self._copies = CopyRoom(self._lock, self._free_up)
+        self._rows = BankRows(model.embeddings.weight.device, room=self._copies)
         self._entries: dict[str, _Entry] = {}
         self._users: Counter[LoadedAdapter] = Counter()
         self._retired: set[LoadedAdapter] = set()  # without a name, in use
@@ -122,6 +125,12 @@ class AdapterBank:
         with self._lock:
             return self._held()
 
+    @property
+    def num_copy_bytes(self) -> int:
+        """Of the copies of adapters in use."""
+        with self._lock:
+            return self._copies.num_bytes
+
     # ---- users
 
     def acquire(self, name: str) -> LoadedAdapter:
@@ -140,7 +149,7 @@ class AdapterBank:
             return self._read(name, entry.folder, pinned=entry.pinned, is_used=True)
 
     def acquire_resident(self, name: str) -> LoadedAdapter | None:
-        """As `acquire`, without reading anything: None for an adapter that has left. AdapterError for an unknown name."""
+        """As `acquire`, without reading a file: None for an adapter that has left. AdapterError for an unknown name."""
         with self._lock:
             return self._used(name)
 
@@ -266,29 +275,42 @@ class AdapterBank:
         return sum(adapter.num_bytes for adapter in resident)
 
     def _make_room(self, checked: CheckedAdapter) -> None:
-        """Let the least recently used adapters go until one more fits; none when that would not be enough."""
-        if self.max_bytes is None:
-            return
-        if checked.num_bytes > self.max_bytes:
+        """Let the least recently used adapters go until one more fits, and the copies where that is not enough."""
+        if self.max_bytes is not None and checked.num_bytes > self.max_bytes:
             raise AdapterError(
                 f"takes {checked.num_bytes} bytes of memory", file=checked.folder,
                 expected=f"at most the {self.max_bytes} bytes that all adapters may take together",
             )  # fmt: skip
-        missing = self._held() + self._reserved + checked.num_bytes - self.max_bytes
+        if self._free_up(checked.num_bytes):
+            return
+        self._copies.clear()
+        if not self._free_up(checked.num_bytes):
+            raise MachineError(
+                f"{self._missing(checked.num_bytes)} bytes are missing: the other adapters are in use or pinned",
+                file=checked.folder, fix="wait, unload some, or allow adapters more memory",
+            )  # fmt: skip
+
+    def _missing(self, num_bytes: int) -> int:
+        """So many bytes are too few for so many more; at most 0: they fit."""
+        if self.max_bytes is None:
+            return 0
+        return self._held() + self._copies.num_bytes + self._reserved + num_bytes - self.max_bytes
+
+    def _free_up(self, num_bytes: int) -> bool:
+        """Let the least recently used adapters go until so many bytes fit; none when that would not be enough."""
+        missing = self._missing(num_bytes)
         leaving: list[LoadedAdapter] = []
-        for entry in sorted(self._entries.values(), key=lambda entry: entry.last_used):
+        for entry in sorted(self._entries.values(), key=lambda entry: entry.last_used) if missing > 0 else ():
             if missing <= 0:
                 break
             if entry.adapter.is_resident and not entry.pinned and not self._users[entry.adapter]:
                 leaving.append(entry.adapter)
                 missing -= entry.adapter.num_bytes
         if missing > 0:
-            raise MachineError(
-                f"{missing} bytes are missing: the other adapters are in use or pinned", file=checked.folder,
-                fix="wait, unload some, or allow adapters more memory",
-            )  # fmt: skip
+            return False
         for adapter in leaving:
             self._drop(adapter)
+        return True
 
 
 def _state_of(folder: Path) -> FileState:

@@ -4,7 +4,8 @@
 
 A decode step of eight adapters would otherwise be 88 products of one row in each layer. The copies are float32 whatever
 the model is: processors take five times as long for such small products in bfloat16. Adapters stay in their place from
-step to step, so a copy is made only when another one joins. Knows updates; knows no names of adapters.
+step to step, so a copy is made only when another one joins. Where the memory of adapters is limited, copies are counted
+in it (`copy_room`); without room for them the adapters act one by one. Knows updates; knows no names of adapters.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from alpaca_lora.inference.copy_room import CopyRoom
 from alpaca_lora.inference.loaded_adapter import LoadedAdapter, LowRank
 
 Names = tuple[str | None, ...]
@@ -30,6 +32,10 @@ class StackedGroup:
     A_SDR: torch.Tensor
     B: tuple[torch.Tensor, ...]
     written: list[LoadedAdapter | None]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.A_SDR, *self.B))
 
 
 @dataclass(slots=True)
@@ -49,13 +55,30 @@ class StackedRows:
     places: torch.Tensor | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class AdapterStack:
-    """The copies, by group of linears, made when a group is first asked for."""
+    """The copies, by group of linears, made when a group is first asked for. ``room``: None where it is not limited.
 
+    Of one thread; but `clear` and `num_bytes` may be another's.
+    """
+
+    room: CopyRoom | None = None
     adapters: list[LoadedAdapter] = field(default_factory=list)
-    groups: dict[Names, StackedGroup | None] = field(default_factory=dict)
+    groups: dict[Names, StackedGroup] = field(default_factory=dict)
     _empty: dict[Names, list[LoadedAdapter]] = field(default_factory=dict)
+    _crowded: dict[Names, list[LoadedAdapter]] = field(default_factory=dict)  # for whom there was no room
+
+    def __post_init__(self) -> None:
+        if self.room is not None:
+            self.room.join(self)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(group.num_bytes for group in list(self.groups.values()))
+
+    def clear(self) -> None:
+        """Drop the copies. A forward that goes on has hold of those that it multiplies with."""
+        self.groups.clear()
 
     def seat(self, adapters: Sequence[LoadedAdapter]) -> None:
         """Have exactly these adapters, each of those that were there already in its old place where that still is."""
@@ -83,11 +106,13 @@ class AdapterStack:
             len(runs), num_rows, None, *(torch.tensor(index, device=device) for index in (source, targets, places))
         )
 
-    def add(self, rows: StackedRows, names: Names, x_TD: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
-        """What the adapters do to their rows of the outputs (T, out) of linears that share x, in place."""
+    def add(self, rows: StackedRows, names: Names, x_TD: torch.Tensor, outputs: Sequence[torch.Tensor]) -> bool:
+        """What the adapters do to their rows of the outputs (T, out) of linears that share x, in place; False, with
+        nothing done, where there is no room for their copies.
+        """
         group = self.group(names)
         if group is None:
-            return
+            return names not in self._crowded
         size, count, start = rows.num_adapters, rows.num_rows, rows.start
         taken = x_TD[rows.source] if start is None else x_TD[start : start + size * count]
         u_SMR = torch.bmm(taken.reshape(size, count, -1).float(), group.A_SDR[:size])
@@ -103,13 +128,16 @@ class AdapterStack:
                 y_SMO.baddbmm_(u, b_SRO[:size])
             else:
                 y_SMO.add_(torch.bmm(u, b_SRO[:size]))
+        return True
 
     def group(self, names: Names) -> StackedGroup | None:
-        """The copies for these linears, brought up to date; None where none of the adapters has any."""
+        """The copies for these linears, brought up to date; None where none of the adapters has any, or no room is left
+        for them.
+        """
         found = self.groups.get(names)
         if found is not None and found.written[: len(self.adapters)] == self.adapters:
             return found
-        if found is None and self._empty.get(names) == self.adapters:
+        if found is None and self.adapters in (self._empty.get(names), self._crowded.get(names)):
             return None
         with torch.inference_mode(False), torch.no_grad():  # outlives the forward that asks
             return self._write(names, found)
@@ -120,14 +148,17 @@ class AdapterStack:
         for own in parts:
             for place, part in own.items():
                 ranks[place] = max(ranks.get(place, 0), len(part.update.A_RD))
+        self._crowded.pop(names, None)
         if not ranks:
             self.groups.pop(names, None)
             self._empty[names] = list(self.adapters)
             return None
         if found is None or not _holds(found, ranks, len(self.adapters)):
             like = {place: part.update for own in parts for place, part in own.items()}
-            size = max(len(self.adapters), 0 if found is None else len(found.written))
-            found = self.groups[names] = _new_group(ranks, like, size)
+            found = self._grown(names, ranks, like, max(len(self.adapters), 0 if found is None else len(found.written)))
+            if found is None:
+                self._crowded[names] = list(self.adapters)
+                return None
         firsts = [sum(found.ranks[:at]) for at in range(len(found.ranks))]
         for seat, (adapter, own) in enumerate(zip(self.adapters, parts, strict=True)):
             if found.written[seat] is adapter:
@@ -142,6 +173,26 @@ class AdapterStack:
                     b_SRO[seat, :rank] = part.B_RO
                     b_SRO[seat, :rank] *= part.update.scale
         return found
+
+    def _grown(
+        self, names: Names, ranks: dict[int, int], like: dict[int, LowRank], size: int
+    ) -> StackedGroup | None:  # fmt: skip
+        """A group of zeros in the place of the one that was too small; None where there is no room for it."""
+        self.groups.pop(names, None)
+        if self.room is None:
+            found = self.groups[names] = _new_group(ranks, like, size)
+            return found
+        with self.room.claim(_bytes_of(ranks, like, size)) as fits:
+            if not fits:
+                return None
+            found = self.groups[names] = _new_group(ranks, like, size)
+            return found
+
+
+def _bytes_of(ranks: dict[int, int], like: dict[int, LowRank], size: int) -> int:
+    """Of `_new_group`."""
+    widths = {place: like[place].A_RD.shape[1] + len(like[place].B_OR) for place in ranks}
+    return 4 * size * sum(rank * widths[place] for place, rank in ranks.items())
 
 
 def _holds(group: StackedGroup, ranks: dict[int, int], size: int) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from alpaca_lora.inference.adapter_stack import AdapterStack, StackedRows
+from alpaca_lora.inference.copy_room import CopyRoom
 from alpaca_lora.inference.loaded_adapter import LoadedAdapter
 from alpaca_lora.models.linear import project
 
@@ -42,13 +43,14 @@ class BankRows(threading.local):
     all_runs: tuple[Run, ...] = ()
     runs: tuple[Run, ...] = ()  # those that go one by one
     stacked: StackedRows | None = None  # and those that go together,
+    together: tuple[Run, ...] = ()  # the same as runs,
     scaled: tuple[Run, ...] = ()  # of which these have a factor (DoRA)
     num_rows: int | None = None  # None: any number, all of them the base's
 
-    def __init__(self, device: torch.device, *, stacks: bool = True) -> None:
-        """``stacks`` False: all runs go one by one, the plain form of the same."""
+    def __init__(self, device: torch.device, *, stacks: bool = True, room: CopyRoom | None = None) -> None:
+        """``stacks`` False: all runs go one by one, the plain form of the same. room: of the stacks' copies."""
         self.device, self.stacks = device, stacks
-        self.stack = AdapterStack()
+        self.stack = AdapterStack(room)
 
     def set(self, rows: Sequence[tuple[LoadedAdapter | None, int]]) -> None:
         """(adapter, number of rows) in stream order. ValueError for an adapter that is not resident."""
@@ -76,6 +78,7 @@ class BankRows(threading.local):
         together = tuple(small.values())
         self.all_runs, self.num_rows = tuple(runs), num_rows
         self.runs = tuple(run for run in runs if small.get(id(run.adapter)) is not run)
+        self.together = together
         self.scaled = tuple(run for run in together if run.adapter.is_scaled)
         self.stacked = self.stack.lay(together, self.device) if together else None
 
@@ -127,9 +130,8 @@ class BankedLinear(nn.Module):
             raise ValueError(f"{rows.num_rows} rows were announced, the input has {x_TD.shape[0]}: call set_rows")
         ys = [y if y.ndim == 2 else y.view(-1, y.shape[-1]) for y in outputs]
         names = tuple(one.name if isinstance(one, BankedLinear) else None for one in linears)
-        if rows.stacked is not None:
-            rows.stack.add(rows.stacked, names, x_TD, ys)
-        for run in rows.runs:
+        stacked = rows.stacked is not None and rows.stack.add(rows.stacked, names, x_TD, ys)
+        for run in rows.runs if stacked else (*rows.runs, *rows.together):
             _add_run(run, names, x_TD, ys)
         for start, stop, adapter in (*rows.runs, *rows.scaled):
             if adapter.is_scaled and (group := adapter.group(names)) is not None:

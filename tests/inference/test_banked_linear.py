@@ -167,6 +167,7 @@ def test_a_thread_that_announced_nothing_runs_the_base(tmp_path: Path) -> None:
     bank.set_rows([(adapter, 5)])
     found: list[torch.Tensor] = []
 
+    @torch.inference_mode()
     def run() -> None:
         found.append(model.logits(model(ids(5), torch.arange(5), Packed([5]))))
 
