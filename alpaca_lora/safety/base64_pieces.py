@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from alpaca_lora.safety.fold import PLAIN, Fold
-from alpaca_lora.safety.matcher import Matcher
+from alpaca_lora.safety.matcher import Matcher, finds
 from alpaca_lora.safety.view import Place, Scan, Span, View
 
 SHORTEST = 16  # letters; twelve characters of text
@@ -57,7 +57,7 @@ class Base64Matcher:
         return spans
 
     def _finds(self, run: str) -> bool:
-        return any(_matches(matcher, text) for text in decoded(run) for matcher in self._inner)
+        return any(finds(matcher, text) for text in decoded(run) for matcher in self._inner)
 
 
 def decoded(run: str) -> list[str]:
@@ -71,9 +71,3 @@ def decoded(run: str) -> list[str]:
         if words := _WORDS.findall(content):
             texts.append("\n".join(words))
     return texts
-
-
-def _matches(matcher: Matcher, text: str) -> bool:
-    view = View(matcher.fold)
-    view.push(text, final=True)
-    return bool(matcher.scan(view, Scan()))

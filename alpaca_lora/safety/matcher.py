@@ -6,9 +6,11 @@ What reaches the end is found by searching, backwards from the end, for the expr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import copy
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self
 
+from alpaca_lora.safety.allowed import Allowed
 from alpaca_lora.safety.expression import Expression, compiled, next_character
 from alpaca_lora.safety.fold import PLAIN, Fold
 from alpaca_lora.safety.pattern import Pattern
@@ -54,8 +56,15 @@ class PatternMatcher:
         self.most_held = (MAX_TAIL if tail else 0) + pattern.most + 1
         self._expression = Expression(pattern, case=case)
         self._accept = accept
+        self._allowed: Allowed | None = None
         self._tail = None if tail is None else compiled(f"(?:{tail.source})*", case=case)
         self._open_tail = None if tail is None else compiled(rf"(?:{tail.source})*(?:{tail.beginnings})\z", case=case)
+
+    def allowing(self, texts: Sequence[str]) -> Self:
+        """The same, but that it keeps quiet about matches that are one of ``texts``."""
+        other = copy.copy(self)
+        other._allowed = Allowed(texts, self.fold)
+        return other
 
     def scan(self, view: View, scan: Scan) -> list[Span]:
         data, base, known = view.data, view.first.byte, scan.at
@@ -79,7 +88,8 @@ class PatternMatcher:
                 return spans
             first = view.place_of(base + start, known)
             known = view.place_of(base + stretched, first)
-            spans.append(view.span(first.char, known.char))
+            if self._allowed is None or data[start:stretched].decode() not in self._allowed:
+                spans.append(view.span(first.char, known.char))
             at = stretched
         if first_open < at:
             first_open = self._first_open(view, at)
@@ -97,3 +107,10 @@ class PatternMatcher:
         if not final and limit < end + MAX_TAIL and self._open_tail.match(data, end) is not None:
             return None
         return self._tail.match(data, end, limit).end()
+
+
+def finds(matcher: Matcher, text: str) -> bool:
+    """Whether there is a match in a whole text."""
+    view = View(matcher.fold)
+    view.push(text, final=True)
+    return bool(matcher.scan(view, Scan()))

@@ -12,7 +12,7 @@ from alpaca_lora.safety.checksums import (
     judge_phone,
     judge_us_ssn,
 )
-from alpaca_lora.safety.matcher import Accept, Matcher, PatternMatcher
+from alpaca_lora.safety.matcher import Accept, PatternMatcher
 from alpaca_lora.safety.pattern import parse_pattern
 
 
@@ -43,7 +43,7 @@ ENTITIES = MappingProxyType({
 })  # fmt: skip
 
 
-def entity_matcher(name: str) -> Matcher:
+def entity_matcher(name: str) -> PatternMatcher:
     """The matcher of one of `ENTITIES`."""
     entity = ENTITIES[name]
     return PatternMatcher(parse_pattern(entity.pattern), accept=entity.accept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, TypeVar
@@ -15,7 +15,7 @@ from alpaca_lora.errors import ConfigError, nearest
 from alpaca_lora.safety.base64_pieces import Base64Matcher
 from alpaca_lora.safety.classifier import Classifier, PieceJudge
 from alpaca_lora.safety.fold import Fold
-from alpaca_lora.safety.matcher import Matcher, PatternMatcher
+from alpaca_lora.safety.matcher import Matcher, PatternMatcher, finds
 from alpaca_lora.safety.pattern import any_of, parse_pattern
 from alpaca_lora.safety.personal_data import ENTITIES, entity_matcher
 from alpaca_lora.safety.secret_formats import FORMATS, format_matcher
@@ -111,7 +111,27 @@ class FoldedOptions(RuleOptions):
         return [plain, Fold(plain.case, plain.lookalikes, plain.whitespace, leet=self.leet, spacing=self.spacing)]
 
 
-class PatternOptions(FoldedOptions):
+class AllowingOptions(RuleOptions):
+    """What is let pass although it is found."""
+
+    allow: list[str] = Field([], description="texts that are no finding", json_schema_extra={"commas": False})
+
+    def allowing(self, found: Sequence[PatternMatcher]) -> list[Matcher]:
+        """The matchers with their exceptions. ConfigError for one that none of them finds: it would do nothing."""
+        for text in self.allow:
+            if not any(finds(matcher, text) for matcher in found):
+                raise ConfigError(
+                    f"{text[:60]!r} is not found by this rule", field="allow", expected="texts that it finds",
+                    fix="leave it out, or write it as it stands in answers",
+                )  # fmt: skip
+            if any(finds(matcher.allowing(self.allow), text) for matcher in found):
+                raise ConfigError(
+                    f"{text[:60]!r} holds more than one finding", field="allow", expected="each text by itself"
+                )
+        return [matcher.allowing(self.allow) for matcher in found] if self.allow else [*found]
+
+
+class PatternOptions(AllowingOptions, FoldedOptions):
     """Regular expressions of RE2."""
 
     patterns: list[str] = Field(min_length=1, description="expressions", json_schema_extra={"commas": False})
@@ -120,9 +140,9 @@ class PatternOptions(FoldedOptions):
     def matchers(self) -> list[Matcher]:
         pattern = any_of([_in_field("patterns", parse_pattern, source) for source in self.patterns])
         tail = None if self.tail is None else _in_field("tail", parse_pattern, self.tail)
-        return [
+        return self.allowing([
             _in_field("patterns", lambda fold: PatternMatcher(pattern, fold, tail=tail), fold) for fold in self.folds()
-        ]
+        ])  # fmt: skip
 
 
 class WordOptions(FoldedOptions):
@@ -134,22 +154,22 @@ class WordOptions(FoldedOptions):
         return [_in_field("words", lambda fold: WordMatcher(self.words, fold), fold) for fold in self.folds()]
 
 
-class PersonalDataOptions(RuleOptions):
+class PersonalDataOptions(AllowingOptions):
     """Personal data by its form."""
 
     entities: list[str] = Field(list(ENTITIES), min_length=1, description="forms of personal data")
 
     def matchers(self) -> list[Matcher]:
-        return [entity_matcher(_known("entities", name, ENTITIES)) for name in self.entities]
+        return self.allowing([entity_matcher(_known("entities", name, ENTITIES)) for name in self.entities])
 
 
-class SecretOptions(RuleOptions):
+class SecretOptions(AllowingOptions):
     """Secrets by their form."""
 
     formats: list[str] = Field(list(FORMATS), min_length=1, description="forms of secrets")
 
     def matchers(self) -> list[Matcher]:
-        return [format_matcher(_known("formats", name, FORMATS)) for name in self.formats]
+        return self.allowing([format_matcher(_known("formats", name, FORMATS)) for name in self.formats])
 
 
 class ClassifierOptions(RuleOptions):

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from alpaca_lora.safety.checksums import judge_key
-from alpaca_lora.safety.matcher import Accept, Matcher, PatternMatcher
+from alpaca_lora.safety.matcher import Accept, PatternMatcher
 from alpaca_lora.safety.pattern import parse_pattern
 
 
@@ -51,7 +51,7 @@ FORMATS = MappingProxyType({
 })  # fmt: skip
 
 
-def format_matcher(name: str) -> Matcher:
+def format_matcher(name: str) -> PatternMatcher:
     """The matcher of one of `FORMATS`."""
     chosen = FORMATS[name]
     tail = None if chosen.tail is None else parse_pattern(chosen.tail)
