@@ -6,15 +6,16 @@ The same pieces make a stream and a whole answer, so both say the same. Knows no
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from alpaca_lora.errors import AdapterError, AlpacaLoraError, UserError
 from alpaca_lora.inference.request import Event, Request, SamplingParams, TokenLogprob
 from alpaca_lora.server.bridge import Bridge
 from alpaca_lora.server.errors import ApiError, of_error, unavailable, unknown_model
+from alpaca_lora.server.held_logprobs import HeldLogprobs
 from alpaca_lora.server.metrics import Metrics
 from alpaca_lora.server.question import Question
 from alpaca_lora.server.rails import Note, OutputRail, Rails, Ruling
@@ -64,9 +65,8 @@ class _Choice:
     question: int
     params: SamplingParams
     rail: OutputRail | None
+    held: HeldLogprobs
     num_tokens: int = 0
-    held: list[TokenLogprob] = field(default_factory=list)
-    changed: bool = False
     is_done: bool = False
     last_at: float = 0.0
 
@@ -84,15 +84,16 @@ class Generation:
         self.job, self._bridge, self._workers, self._metrics = job, bridge, workers, metrics
         self._hold, self._audit = hold, audit
         self.usage = Usage()
-        self._choices = [
-            _Choice(
-                place, place // job.n, _of_choice(job.params[place // job.n], place % job.n), job.rails.open_output()
-            )
-            for place in range(len(job.questions) * job.n)
-        ]
+        self._choices = [self._choice(place) for place in range(len(job.questions) * job.n)]
         self._asked = [choice for choice in self._choices if job.questions[choice.question].refusal is None]
         self._ticket: Ticket | None = None
         self._start = time.perf_counter()
+
+    def _choice(self, place: int) -> _Choice:
+        job = self.job
+        question, params = place // job.n, _of_choice(job.params[place // job.n], place % job.n)
+        held = HeldLogprobs(job.model.writes.tokenizer)
+        return _Choice(place, question, params, job.rails.open_output(), held)
 
     async def start(self) -> None:
         """Give the requests to the engine, with their adapter in memory. ApiError when it refuses one."""
@@ -147,23 +148,19 @@ class Generation:
         if choice.rail is not None and (event.text or reason is not None):
             ruling = await self._workers.run(choice.rail.advance, event.text, is_last=reason is not None)
             self._audit(ruling.notes)
-        choice.held += self._told(choice, event, reason)
-        choice.changed = choice.changed or ruling.changed
+        told = self._told(choice, event, reason)
+        if choice.rail is not None:
+            told = choice.held.advance(told, ruling.text, is_changed=ruling.changed, is_last=reason is not None)
         if ruling.refusal is not None:
             reason = "content_filter"
             if self._ticket is not None:
                 self._ticket.cancel((place,))
-        logprobs: tuple[TokenLogprob, ...] = ()
-        # behind a rail, tokens could tell what their text may not: they wait for the end and for nothing to be changed
-        if choice.rail is None or reason is not None:
-            logprobs = () if choice.changed else tuple(choice.held)
-            choice.held.clear()
         if reason is not None:
             choice.is_done = True
             self._metrics.finished(self.job.model.name, reason, time.perf_counter() - self._start)
             if event.completion is not None:
                 self._metrics.computed(self.job.model.name, event.completion)
-        return Delta(choice.number, ruling.text, logprobs, reason, ruling.refusal)
+        return Delta(choice.number, ruling.text, told, reason, ruling.refusal)
 
     def _finish_reason(self, event: Event) -> str | None:
         done = event.completion
@@ -196,7 +193,7 @@ class Generation:
         self.usage.completion_tokens += new
 
     @staticmethod
-    def _told(choice: _Choice, event: Event, reason: str | None) -> Sequence[TokenLogprob]:
+    def _told(choice: _Choice, event: Event, reason: str | None) -> tuple[TokenLogprob, ...]:
         """The event's log probabilities without that of a stop token, which is no part of the text."""
         told = event.logprobs
         if reason == "stop" and told and told[-1].token_id in choice.params.stop_ids:

@@ -30,6 +30,11 @@ class Detokenizer:
             data = data.removeprefix(b" ")
         return self._decoder.decode(data)
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether the last token ends in the middle of a character."""
+        return bool(self._decoder.getstate()[0])
+
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that was never completed."""
         return self._decoder.decode(b"", final=True)

@@ -125,11 +125,17 @@ def test_a_stream_never_shows_what_the_whole_does_not(railed: OpenServer) -> Non
 
 def test_log_probabilities_do_not_tell_what_the_text_may_not(railed: OpenServer) -> None:
     changed = ask(railed, "the ca#rd", logprobs=True)
-    assert changed["message"]["content"] == "the [...]" and changed["logprobs"]["content"] == []
+    assert changed["message"]["content"] == "the [...]"
+    assert "".join(one["token"] for one in changed["logprobs"]["content"]) == "the "  # shown before the rule found it
     same = ask(railed, "plain", logprobs=True)
     assert "".join(one["token"] for one in same["logprobs"]["content"]) == "plain"
     pieces = streamed(railed, "plain", logprobs=True)
-    assert [bool(piece["logprobs"]) for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    said = shown = ""
+    for piece in pieces:
+        shown += piece["delta"].get("content", "")
+        said += "".join(one["token"] for one in (piece["logprobs"] or {"content": ()})["content"])
+        assert shown.startswith(said)
+    assert said == "plain" and [bool(piece["logprobs"]) for piece in pieces] == [False, True, True, True]
 
 
 def test_texts_and_ids_are_read_too(railed: OpenServer) -> None:
