@@ -60,7 +60,8 @@ class Listener(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, http=GuardedProtocol, ws="none", loop="asyncio", lifespan="on", log_config=None, access_log=False,
-                server_header=False, proxy_headers=False, timeout_keep_alive=30, timeout_graceful_shutdown=GRACEFUL_SECONDS,
+                server_header=False, proxy_headers=False, timeout_keep_alive=30,
+                timeout_graceful_shutdown=GRACEFUL_SECONDS,
                 limit_concurrency=options.max_running + options.max_queue + SPARE_CONNECTIONS,
                 h11_max_incomplete_event_size=MAX_UNREAD_HEAD_BYTES,
             )
