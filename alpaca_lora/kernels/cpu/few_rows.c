@@ -1,6 +1,7 @@
 /* Ops on a few rows, as decoding has them, where a call of torch's costs more than the work in it.
 
        multiply_dense    y = x W^T of several matrices that share x
+       add_low_rank      y += s (x A^T) B^T of several matrices that share x, each row with its own A, B and s
        norm_rows         y = (x / rms(x)) * (offset + weight)
        rotate_rows       y1 = x1 cos1 - x2 sin1,  y2 = x2 cos2 + x1 sin2
        gate_rows         y = act(gate) * up,  act(g) = g sigmoid(z),  z = g (SwiGLU) or as below (GeGLU)
@@ -48,7 +49,7 @@ typedef struct {
 /* rows [row, row + R) of a matrix with tokens [token, token + T) */
 INLINE void multiply_some(
     const Product *job, const Matrix *matrix, int64_t row, int64_t token, const int R, const int T,
-    const int is_bfloat16
+    const int is_bfloat16, const int stays_wide
 ) {
     const int64_t inputs = job->in_features, row_bytes = inputs * (is_bfloat16 ? 2 : 4);
     const char *weight = matrix->weight + row * row_bytes;
@@ -75,13 +76,20 @@ INLINE void multiply_some(
         for (int t = 0; t < T; t++) {
             float sum = totals[r * T + t];
             for (int64_t j = i; j < inputs; j++) sum += get(weight + r * row_bytes, j, is_bfloat16) * x[t * inputs + j];
-            put(matrix->out, (token + t) * matrix->out_features + row + r, sum, is_bfloat16);
+            put(matrix->out, (token + t) * matrix->out_features + row + r, sum, is_bfloat16 && !stays_wide);
         }
 }
 
-#define ROWS(R, T)                                                                             \
-    for (; row + R <= last; row += R) multiply_some(job, matrix, row, token, R, T, is_bfloat16); \
-    for (; row < last; row++) multiply_some(job, matrix, row, token, 1, T, is_bfloat16);         \
+/* one token with all rows of a matrix, into floats */
+INLINE void multiply_wide(const Product *job, const Matrix *matrix, int64_t rows, const int is_bfloat16) {
+    int64_t row = 0;
+    for (; row + 8 <= rows; row += 8) multiply_some(job, matrix, row, 0, 8, 1, is_bfloat16, 1);
+    for (; row < rows; row++) multiply_some(job, matrix, row, 0, 1, 1, is_bfloat16, 1);
+}
+
+#define ROWS(R, T)                                                                                \
+    for (; row + R <= last; row += R) multiply_some(job, matrix, row, token, R, T, is_bfloat16, 0); \
+    for (; row < last; row++) multiply_some(job, matrix, row, token, 1, T, is_bfloat16, 0);         \
     break;
 
 INLINE void multiply_span(
@@ -134,6 +142,98 @@ int multiply_dense(
     for (int64_t m = 0; m < num_matrices; m++) rows += matrices[m].out_features;
     Product job = {matrices, is_bfloat16 ? wide : x, num_tokens, in_features, is_bfloat16};
     share(multiply_rows, &job, rows, num_threads, parallel);
+    free(wide);
+    return 0;
+}
+
+/* ---- low-rank additions ---- */
+
+#define MAX_RANK 1024 /* of all matrices together */
+#define COLUMNS 4     /* vectors of outputs at a time: with what is added to them in the registers */
+
+typedef struct {
+    const char *b; /* (rank, out_features) */
+    int64_t rank, place;
+    float scale;
+} Addition;
+
+typedef struct {
+    const char *a; /* (rank, in_features): those of all additions, one after the other */
+    const Addition *additions;
+    int64_t rank, num_additions;
+} LowRank;
+
+typedef struct {
+    const LowRank *const *updates; /* of each row; NULL: none */
+    const float *x;
+    void *const *outs;
+    const int64_t *out_features;
+    int64_t in_features;
+    int is_bfloat16;
+} Adding;
+
+INLINE void add_columns(
+    const Addition *one, const float *u, int64_t first, int64_t width, char *y, const int N, const int is_bfloat16
+) {
+    Floats sums[COLUMNS];
+    for (int c = 0; c < N; c++) sums[c] = (Floats){0};
+    for (int64_t r = 0; r < one->rank; r++)
+        for (int c = 0; c < N; c++)
+            sums[c] += load(one->b + r * width * (is_bfloat16 ? 2 : 4), first + c * LANES, is_bfloat16) * u[r];
+    for (int c = 0; c < N; c++) {
+        float added[LANES];
+        store(added, sums[c] * one->scale);
+        for (int64_t j = 0, i = first + c * LANES; j < LANES; j++, i++)
+            put(y, i, get(y, i, is_bfloat16) + added[j], is_bfloat16);
+    }
+}
+
+INLINE void add_row(const Adding *job, int64_t row, const int is_bfloat16) {
+    const LowRank *update = job->updates[row];
+    if (!update) return;
+    float projected[MAX_RANK];
+    Matrix a = {update->a, projected, update->rank};
+    Product product = {&a, job->x + row * job->in_features, 1, job->in_features, is_bfloat16};
+    multiply_wide(&product, &a, update->rank, is_bfloat16);
+    const float *u = projected;
+    for (int64_t k = 0; k < update->num_additions; u += update->additions[k++].rank) {
+        const Addition *one = update->additions + k;
+        const int64_t width = job->out_features[one->place];
+        char *y = (char *)job->outs[one->place] + row * width * (is_bfloat16 ? 2 : 4);
+        int64_t i = 0;
+        for (; i + COLUMNS * LANES <= width; i += COLUMNS * LANES) add_columns(one, u, i, width, y, COLUMNS, is_bfloat16);
+        for (; i + LANES <= width; i += LANES) add_columns(one, u, i, width, y, 1, is_bfloat16);
+        for (; i < width; i++) {
+            float sum = 0;
+            for (int64_t r = 0; r < one->rank; r++) sum += get(one->b, r * width + i, is_bfloat16) * u[r];
+            put(y, i, get(y, i, is_bfloat16) + sum * one->scale, is_bfloat16);
+        }
+    }
+}
+
+static void add_rows(const void *argument, int64_t first, int64_t last) {
+    const Adding *job = argument;
+    for (int64_t row = first; row < last; row++) {
+        if (job->is_bfloat16) add_row(job, row, 1);
+        else add_row(job, row, 0);
+    }
+}
+
+/* x: (rows, in_features); outs: of each place (rows, out_features). 0: done, 1: no memory, 2: a rank is too large */
+int add_low_rank(
+    const LowRank *const *updates, const void *x, int64_t rows, int64_t in_features, void *const *outs,
+    const int64_t *out_features, int is_bfloat16, int num_threads, Parallel parallel
+) {
+    const int64_t numbers = rows * in_features;
+    for (int64_t row = 0; row < rows; row++)
+        if (updates[row] && updates[row]->rank > MAX_RANK) return 2;
+    float *wide = is_bfloat16 ? malloc((size_t)(numbers + 1) * sizeof(float)) : 0;
+    if (is_bfloat16) {
+        if (!wide) return 1;
+        for (int64_t i = 0; i < numbers; i++) wide[i] = from_bfloat16(((const uint16_t *)x)[i]);
+    }
+    Adding job = {updates, is_bfloat16 ? wide : x, outs, out_features, in_features, is_bfloat16};
+    share(add_rows, &job, rows, num_threads, parallel);
     free(wide);
     return 0;
 }
