@@ -1,4 +1,4 @@
-// The service's HTTP interface: models, chats as streams, training reports. Knows no page.
+// The service's HTTP interface: models, chats as streams, labels, training reports. Knows no page.
 
 import { EventParser } from "./sse.js";
 
@@ -42,13 +42,28 @@ export class Client {
     this.asking = null;
   }
 
-  // [{id, kind: "base" | "adapter", method, rank, template}]; without classifiers, which write nothing
+  // [{id, kind: "base" | "adapter" | "classifier", method, rank, template}]
   async models() {
     const { data } = await this.#json("v1/models");
     if (!Array.isArray(data)) throw new ApiError("broken", "/v1/models");
     return data
-      .filter((model) => typeof model?.id === "string" && model.id !== "" && model.kind !== "classifier")
+      .filter((model) => typeof model?.id === "string" && model.id !== "")
       .map(({ id, kind, method, rank, template }) => ({ id, kind, method, rank, template }));
+  }
+
+  // {label, probabilities: [[label, share]], likeliest first, truncated}
+  async classify(model, input) {
+    const { data } = await this.#json("v1/classify", {
+      method: "POST",
+      headers: { "Content-Type": "application/json", Accept: "application/json" },
+      body: JSON.stringify({ model, input }),
+    });
+    const found = Object(Array.isArray(data) ? data[0] : null);
+    const probabilities = Object.entries(Object(found.probabilities)).filter(([, share]) => Number.isFinite(share));
+    if (typeof found.label !== "string" || probabilities.length === 0) throw new ApiError("broken", "/v1/classify");
+    // an object's keys that are numbers come first, whatever the order was
+    probabilities.sort(([, one], [, other]) => other - one);
+    return { label: found.label, probabilities, truncated: found.truncated === true };
   }
 
   // {metrics: [{step, train_loss?, val_loss?, learning_rate?}], summary: {}}
@@ -84,8 +99,8 @@ export class Client {
     if (!finished) throw new ApiError("broken");
   }
 
-  async #json(path) {
-    const response = await this.#request(path, { headers: { Accept: "application/json" } });
+  async #json(path, options = { headers: { Accept: "application/json" } }) {
+    const response = await this.#request(path, options);
     try {
       return Object(await response.json());
     } catch (error) {

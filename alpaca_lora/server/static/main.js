@@ -3,6 +3,7 @@
 import { errorWords, noticeOf } from "./answer.js";
 import { ApiError, Client, SessionKey } from "./api.js";
 import { Chat } from "./chat.js";
+import { Classify } from "./classify.js";
 import { copyText } from "./clipboard.js";
 import { Models } from "./compare.js";
 import { Composer } from "./composer.js";
@@ -61,6 +62,13 @@ const thread = new Thread(byId("thread"), byId("scroller"), byId("jump"), {
   askAgain: () => ask(chat.takeBack()),
 });
 const report = new Report({ dialog: byId("report"), title: byId("report-title"), body: byId("report-body") }, client);
+const classify = new Classify(
+  {
+    dialog: byId("classify"), form: byId("classify-form"), model: byId("classify-model"), text: byId("classify-text"),
+    button: byId("classify-send"), result: byId("classify-result"), opener: byId("classify-open"),
+  },
+  client,
+);
 const sidebar = new Sidebar({ list: byId("conversations"), empty: byId("no-conversations") }, store, {
   open: (id) => openConversation(store.get(id) ?? undefined),
   remove: (id) => removeConversation(id),
@@ -131,7 +139,9 @@ async function lookForModels() {
   const trouble = byId("trouble");
   let words = "";
   try {
-    const gone = models.take(await client.models());
+    const served = await client.models();
+    const gone = models.take(served.filter(({ kind }) => kind !== "classifier"));
+    classify.take(served.filter(({ kind }) => kind === "classifier"));
     for (const id of gone) notices.show(t("model-gone", { model: id }));
     if (models.chosen.length === 0) words = t("no-models");
   } catch (error) {
@@ -158,6 +168,7 @@ function drawAll() {
   drawWelcome();
   thread.show(chat.conversation.turns);
   if (byId("report").open) report.draw();
+  classify.draw();
 }
 
 chat.addEventListener("open", () => {
@@ -226,7 +237,7 @@ byId("forget-key").addEventListener("click", () => {
 });
 byId("retry").addEventListener("click", lookForModels);
 byId("report-open").addEventListener("click", () => report.open(models.current.id));
-byId("report-close").addEventListener("click", () => byId("report").close());
+for (const name of ["report", "classify"]) byId(`${name}-close`).addEventListener("click", () => byId(name).close());
 
 document.addEventListener("keydown", (event) => {
   // an input method's Escape gives up what is being composed; otherwise it closes what lies on top, or stops

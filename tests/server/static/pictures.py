@@ -57,6 +57,7 @@ def count_words(text: str) -> Counter[str]:
 
 `Counter` keeps the words in a dictionary; `most_common(3)` gives the three most frequent ones.
 """
+REVIEW = "My parcel has not come, and nobody answers the phone."
 CHINESE = "顾客的包裹迟到了，我该怎么回复？"
 CHINESE_ANSWER = """**林女士您好：**
 
@@ -121,6 +122,13 @@ def compare_while_it_comes(page: Page) -> None:
     page.wait_for_timeout(400)
 
 
+def classify(page: Page) -> None:
+    page.click("#classify-open")
+    page.fill("#classify-text", REVIEW)
+    page.press("#classify-text", "Enter")
+    page.wait_for_selector(".shares")
+
+
 PHONE = {"viewport": {"width": 360, "height": 720}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
 PICTURES: dict[str, tuple[Any, dict[str, Any]]] = {
     "chat": (chat, {"color_scheme": "light"}),
@@ -128,13 +136,15 @@ PICTURES: dict[str, tuple[Any, dict[str, Any]]] = {
     "phone": (lambda page: ask(page, QUESTION), {**PHONE, "color_scheme": "light"}),
     "report": (report, {"color_scheme": "light"}),
     "chinese": (lambda page: ask(page, CHINESE), {"color_scheme": "light", "locale": "zh-CN"}),
+    "classify": (classify, {"color_scheme": "light"}),
+    "phone-classify": (classify, {**PHONE, "color_scheme": "dark", "locale": "zh-CN"}),
     "empty": (lambda page: None, {"color_scheme": "light"}),
     "streaming": (compare_while_it_comes, {"color_scheme": "light"}),
     "phone-compare": (compare, {**PHONE, "color_scheme": "dark"}),
     "phone-report": (report, {**PHONE, "color_scheme": "dark"}),
     "phone-empty": (lambda page: None, {**PHONE, "color_scheme": "dark"}),
 }
-KEPT = ("chat", "compare", "phone", "report")
+KEPT = ("chat", "compare", "phone", "report", "classify", "chinese")
 
 
 def main() -> None:
@@ -145,7 +155,9 @@ def main() -> None:
     server.on(QUESTION, words(TUNED))
     server.on(QUESTION, words(UNTUNED, 0.006), "smollm2-135m")
     server.on(CODE, words(CODED))
-    server.on(CHINESE, words(CHINESE_ANSWER, 0.1))
+    pieces = [CHINESE_ANSWER[place : place + 2] for place in range(0, len(CHINESE_ANSWER), 2)]
+    server.on(CHINESE, Answer(pieces, delay=0.006, prompt_tokens=64, cached_tokens=48))
+    server.labels[REVIEW] = {"complaint": 0.872, "question": 0.116, "praise": 0.012}
     server.on("both at once", Answer(["The first words are here, ", "and then"], gate=threading.Event()), "shop")
     server.on("both at once", Answer(["", "and then"], gate=threading.Event()), "smollm2-135m")
     folder.mkdir(parents=True, exist_ok=True)

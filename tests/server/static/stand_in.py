@@ -35,6 +35,7 @@ MEDIA_TYPES = {
 }
 BASE = {"id": "smollm2-135m", "object": "model", "kind": "base", "template": "chatml"}
 SHOP = {"id": "shop", "object": "model", "kind": "adapter", "method": "lora", "rank": 16, "template": "alpaca"}
+MOOD = {"id": "mood", "object": "model", "kind": "classifier", "labels": ["bad", "good"]}
 POET = {"id": "poet", "object": "model", "kind": "adapter", "method": "dora", "rank": 8, "template": "chatml"}
 
 
@@ -65,8 +66,9 @@ class StandIn:
     """Serves on 127.0.0.1 at ``url`` until `close`. ``keys`` are let in; while there are none, everybody is."""
 
     def __init__(self, port: int = 0) -> None:
-        self.models: list[Any] = [BASE, SHOP, POET]
+        self.models: list[Any] = [BASE, SHOP, POET, MOOD]
         self.reports: dict[str, dict[str, Any]] = {}
+        self.labels: dict[str, dict[str, float]] = {}  # of a text -> probabilities, the likeliest first
         self.keys: set[str] = set()
         self.asked: list[dict[str, Any]] = []
         self.given_up: list[str] = []
@@ -134,6 +136,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(401, "Incorrect API key provided")
             return
         self.server_state.asked.append(body)
+        if self.path == "/v1/classify":
+            self._classify(body)
+            return
         answer = self.server_state.answer(body["messages"][-1]["content"], body["model"])
         if answer.status != 200:
             self._refuse(answer.status, answer.message, answer.headers)
@@ -147,6 +152,15 @@ class _Handler(BaseHTTPRequestHandler):
         except ConnectionError:
             self.server_state.given_up.append(body["model"])
             self.close_connection = True
+
+    def _classify(self, body: dict[str, Any]) -> None:
+        shares = self.server_state.labels.get(body["input"])
+        if shares is None:
+            self._refuse(400, "There is no text to classify")
+            return
+        label, is_long = max(shares, key=lambda name: shares[name]), len(body["input"]) > 1000
+        found = {"index": 0, "label": label, "probabilities": shares, "truncated": is_long}
+        self._send_json(200, {"object": "list", "model": body["model"], "data": [found]})
 
     def _stream(self, answer: Answer, model: str) -> None:
         if answer.raw is not None:

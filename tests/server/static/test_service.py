@@ -78,3 +78,11 @@ def test_a_report_without_a_curve(visit: Visit) -> None:
     visit.page.select_option("#model-first", "shop")
     visit.page.locator("#report-open").click()
     expect(visit.page.locator("#report-body")).to_contain_text("val loss")
+
+
+def test_a_text_is_classified(visit: Visit) -> None:
+    visit.page.locator("#classify-open").click()
+    visit.page.fill("#classify-text", "a lovely shop")
+    visit.page.locator("#classify-send").click()
+    expect(visit.page.locator(".shares .label")).to_have_text(["good", "bad"])
+    expect(visit.page.locator(".shares .share").first).to_have_text("88.1 %")
