@@ -7,7 +7,6 @@ Knows names, users and bytes; what a folder must hold is `checked_adapter`'s, wh
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import threading
@@ -28,6 +27,7 @@ from alpaca_lora.inference.loaded_adapter import LoadedAdapter
 from alpaca_lora.models.decoder import CausalLM
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+IDLE_FOR = 64  # uses of any adapters; one that was not among them leaves for copies: to read it again takes many steps
 FileState = tuple[tuple[int, int, int] | None, ...]
 
 
@@ -55,9 +55,9 @@ class AdapterBank:
     from the thread that runs the forward, whose linears read nothing else.
 
     max_bytes: of all adapters in memory, and of the float32 copies that a thread which runs forwards has of those in
-    its steps (`adapter_stack`); None: no limit. Adapters that nobody uses leave for copies, copies are given up for an
-    adapter that is asked for. base_name: what no adapter may be called. tokenizer_fingerprint: of the tokenizer that
-    prompts are made with, compared with the adapters' own.
+    its steps (`adapter_stack`); None: no limit. Adapters that nobody has used for long leave for copies, copies are
+    given up for an adapter that is asked for. base_name: what no adapter may be called. tokenizer_fingerprint: of the
+    tokenizer that prompts are made with, compared with the adapters' own.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class AdapterBank:
         self.max_bytes = max_bytes
         self._base, self._base_name = ServedBase(model, base_fingerprint, tokenizer_fingerprint), base_name
         self._lock = threading.Lock()  # of all below; never held while a file is read
-        self._copies = CopyRoom(self._lock, self._free_up)
+        self._copies = CopyRoom(self._lock, lambda num_bytes: self._free_up(num_bytes, idle_for=IDLE_FOR))
         self._rows = BankRows(model.embeddings.weight.device, room=self._copies)
         self._entries: dict[str, _Entry] = {}
         self._users: Counter[LoadedAdapter] = Counter()
@@ -77,7 +77,7 @@ class AdapterBank:
         self._num_targeting: Counter[str] = Counter()  # linear -> resident adapters that add something to it
         self._reserved = 0  # bytes of adapters that are being read
         self._turns: dict[str, _Turn] = {}
-        self._clock = itertools.count()
+        self._now = 0  # how often adapters were asked for
 
     # ---- names
 
@@ -200,11 +200,15 @@ class AdapterBank:
     def _used(self, name: str) -> LoadedAdapter | None:
         """The adapter with one user more; None when it must be read first."""
         entry = self._entry(name)
-        entry.last_used = next(self._clock)
+        entry.last_used = self._tick()
         if not entry.adapter.is_resident:
             return None
         self._users[entry.adapter] += 1
         return entry.adapter
+
+    def _tick(self) -> int:
+        self._now += 1
+        return self._now
 
     @contextmanager
     def _turn(self, name: str) -> Iterator[bool]:
@@ -236,7 +240,7 @@ class AdapterBank:
             raise
         with self._lock:
             self._reserved -= checked.num_bytes
-            self._put(_Entry(adapter, folder, state, pinned, next(self._clock)))
+            self._put(_Entry(adapter, folder, state, pinned, self._tick()))
             self._users.update([adapter] if is_used else [])
         return adapter
 
@@ -296,12 +300,14 @@ class AdapterBank:
             return 0
         return self._held() + self._copies.num_bytes + self._reserved + num_bytes - self.max_bytes
 
-    def _free_up(self, num_bytes: int) -> bool:
-        """Let the least recently used adapters go until so many bytes fit; none when that would not be enough."""
+    def _free_up(self, num_bytes: int, *, idle_for: int = 0) -> bool:
+        """Let the least recently used adapters go until so many bytes fit; none when that would not be enough.
+        ``idle_for``: only those that were not among so many that were asked for last.
+        """
         missing = self._missing(num_bytes)
         leaving: list[LoadedAdapter] = []
         for entry in sorted(self._entries.values(), key=lambda entry: entry.last_used) if missing > 0 else ():
-            if missing <= 0:
+            if missing <= 0 or entry.last_used > self._now - idle_for:
                 break
             if entry.adapter.is_resident and not entry.pinned and not self._users[entry.adapter]:
                 leaving.append(entry.adapter)
