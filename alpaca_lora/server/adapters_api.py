@@ -12,7 +12,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from alpaca_lora.errors import AlpacaLoraError
+from alpaca_lora.errors import AdapterError, AlpacaLoraError, NumericalError
 from alpaca_lora.server.errors import ApiError, forbidden, invalid, of_error
 from alpaca_lora.server.protocol import Body
 from alpaca_lora.server.served_models import LoadedAdapter
@@ -90,6 +90,9 @@ class AdaptersApi:
         folder = _inside(Path(adapter_dir), asked.path or asked.name)
         try:
             loaded = models.bank.load(asked.name, folder, pinned=asked.pinned)
+        except NumericalError as error:  # of the folder's weights: nothing of ours was computed with them
+            told = AdapterError(error.what, field=error.field, expected=error.expected, fix=error.fix)
+            raise of_error(told, param="path") from error
         except AlpacaLoraError as error:
             raise of_error(error, param="name" if error.field == "name" else "path") from error
         try:

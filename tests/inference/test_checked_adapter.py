@@ -76,6 +76,15 @@ def test_damaged_weights(tmp_path: Path, damage: Callable[[bytes], bytes], match
     assert is_untouched(model, bank)
 
 
+def test_tensors_without_elements(tmp_path: Path) -> None:
+    model, bank = make_bank()
+    folder = make_folder(tmp_path / "a")
+    rewrite(folder, lambda tensors: tensors.__setitem__(Q_A, torch.zeros(0, 32)))
+    with pytest.raises(AdapterError, match=r"has shape \(0, 32\), expected \(4, 32\)"):
+        bank.load("a", folder)
+    assert is_untouched(model, bank)
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, "alpaca_lora.json"])
 def test_links_out_of_the_folder_and_pipes(tmp_path: Path, name: str) -> None:
     model, bank = make_bank()

@@ -13,7 +13,9 @@ from openai.resources.completions import Completions
 
 from alpaca_lora.server.protocol import ChatRequest, CompletionRequest
 from alpaca_lora.server.unsupported import CHAT, COMPLETIONS
+from tests.server.fake_engine import FakeEngine
 from tests.server.open_server import BASE, KEY, OpenServer, open_server
+from tests.tiny import CHATML, ByteTokenizer
 
 HI: Any = [{"role": "user", "content": "hi"}]
 
@@ -43,6 +45,19 @@ def test_a_stream_says_the_same(server: OpenServer) -> None:
     assert [chunk.choices[0].finish_reason for chunk in told].count("stop") == 1
     assert all(chunk.usage is None and chunk.id == last.id for chunk in told)
     assert last.choices == [] and last.usage == whole.usage
+
+
+def test_a_stream_of_characters_of_several_tokens_says_the_same() -> None:
+    """Case 24: no token is a whole character here, and a stop text is held back in the middle of them."""
+    tokenizer = ByteTokenizer(chat_template=CHATML)
+    said = "茶 costs 12 €, 🍵 is free. 再见"
+    with open_server(FakeEngine(tokenizer, answer=lambda request: said), tokenizer=tokenizer) as server:
+        for stop, text in ((None, said), (["🍵 is"], "茶 costs 12 €, "), (["€, 🍶"], said), (["再"], said[:-2])):
+            fields: dict[str, Any] = {"model": BASE, "messages": HI, "stop": stop}
+            whole = server.openai().chat.completions.create(**fields).choices[0].message.content
+            with server.openai().chat.completions.create(**fields, stream=True) as stream:
+                pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+            assert "".join(pieces) == whole == text and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_a_stream_without_usage_ends_with_its_last_choice(server: OpenServer) -> None:

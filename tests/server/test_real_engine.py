@@ -24,7 +24,7 @@ from alpaca_lora.server.rail_classifiers import RailClassifiers
 from alpaca_lora.text.messages import Conversation, Message
 from alpaca_lora.text.templates import load_template
 from tests.inference.adapter_folders import LABELS, make_bank, make_folder, record
-from tests.server.open_server import OpenServer, open_server, until
+from tests.server.open_server import KEY, OpenServer, open_server, until
 from tests.tiny import CHATML, ByteTokenizer
 
 TOKENIZER = ByteTokenizer(chat_template=CHATML)
@@ -101,6 +101,17 @@ def test_a_seed_gives_the_same_whoever_else_asks(real: OpenServer, folders: Path
     expected, num_tokens = alone(folders, "lora", "hi", temperature=1.5, seed=11)
     assert (texts[0], first["usage"]["prompt_tokens"]) == (expected, num_tokens)
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 16  # what the first one had computed
+
+
+def test_what_one_key_asked_makes_nobody_else_quicker(real: OpenServer) -> None:
+    """Case 28: the time of an answer, and its usage, would tell what another tenant had asked."""
+    body = {"model": "lora", "messages": [{"role": "user", "content": "a secret of alice, of many words"}]}
+    body |= {"max_tokens": 2, "temperature": 0}
+    cached = [
+        real.post("/v1/chat/completions", body, key).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for key in (KEY, KEY, "bobs-key-of-16-chars", "bobs-key-of-16-chars")
+    ]
+    assert cached[2] == 0 and cached[1] == cached[3] >= 32  # alice's own, and bob's own; none of each other's
 
 
 def test_log_probabilities_are_those_of_the_model(real: OpenServer) -> None:
