@@ -2,7 +2,9 @@
 
     y = x W^T + b for all rows at once, then for each run of rows with one adapter:  y += s x A^T B^T
 
-Linears that share an input share the product with A. Rows of the base alone pay nothing. Knows runs of rows; knows
+The few rows of a decode step go in one call (kernels/low_rank_rows.py) where there is a processor with a compiler; else
+runs of few rows are stacked (inference/adapter_stack.py), longer ones go one by one. Linears that share an input share
+the product with A. Rows of the base alone pay nothing. Knows runs of rows; knows
 neither names of adapters nor who loads them.
 """
 
@@ -20,6 +22,8 @@ from torch import nn
 from alpaca_lora.inference.adapter_stack import AdapterStack, StackedRows
 from alpaca_lora.inference.copy_room import CopyRoom
 from alpaca_lora.inference.loaded_adapter import LoadedAdapter
+from alpaca_lora.kernels.few_rows import FEW_ROWS
+from alpaca_lora.kernels.low_rank_rows import LowRankRows, add_low_rank, is_ready
 from alpaca_lora.models.linear import project
 
 # Runs of few rows are stacked: on ten layers of SmolLM2-135M's shapes, rank 16, one core of an EPYC 9004, 8 adapters of
@@ -41,6 +45,7 @@ class BankRows(threading.local):
     """
 
     all_runs: tuple[Run, ...] = ()
+    direct: tuple[Run, ...] = ()  # those whose rows go in one call; else
     runs: tuple[Run, ...] = ()  # those that go one by one
     stacked: StackedRows | None = None  # and those that go together,
     together: tuple[Run, ...] = ()  # the same as runs,
@@ -70,13 +75,18 @@ class BankRows(threading.local):
         self._take(runs, start)
 
     def _take(self, runs: Sequence[Run], num_rows: int) -> None:
-        """Runs of few rows go together; a second run of the same adapter does not."""
+        """Few rows go in one call. Else runs of few rows go together; a second run of the same adapter does not."""
+        if runs and self.stacks and num_rows <= FEW_ROWS and is_ready(self.device):
+            self.all_runs, self.num_rows, self.direct = tuple(runs), num_rows, tuple(runs)
+            self.runs, self.together, self.stacked = (), (), None
+            self.scaled = tuple(run for run in runs if run.adapter.is_scaled)
+            return
         small: dict[int, Run] = {}
         for run in runs if self.stacks else ():
             if run.stop - run.start <= MAX_STACKED_ROWS and run.adapter.largest_rank <= MAX_STACKED_RANK:
                 small.setdefault(id(run.adapter), run)
         together = tuple(small.values())
-        self.all_runs, self.num_rows = tuple(runs), num_rows
+        self.all_runs, self.num_rows, self.direct = tuple(runs), num_rows, ()
         self.runs = tuple(run for run in runs if small.get(id(run.adapter)) is not run)
         self.together = together
         self.scaled = tuple(run for run in together if run.adapter.is_scaled)
@@ -93,12 +103,12 @@ class BankRows(threading.local):
     @contextmanager
     def base_only(self) -> Iterator[None]:
         """The base alone inside, whatever was said before."""
-        before = self.runs, self.stacked, self.scaled, self.num_rows
-        self.runs, self.stacked, self.scaled, self.num_rows = (), None, (), None
+        before = self.direct, self.runs, self.stacked, self.scaled, self.num_rows
+        self.direct, self.runs, self.stacked, self.scaled, self.num_rows = (), (), None, (), None
         try:
             yield
         finally:
-            self.runs, self.stacked, self.scaled, self.num_rows = before
+            self.direct, self.runs, self.stacked, self.scaled, self.num_rows = before
 
 
 class BankedLinear(nn.Module):
@@ -123,13 +133,15 @@ class BankedLinear(nn.Module):
         rows = next(one.rows for one in linears if isinstance(one, BankedLinear))
         bases = [one.base if isinstance(one, BankedLinear) else one for one in linears]
         outputs = project(x, bases)
-        if not rows.runs and rows.stacked is None:
+        if not rows.direct and not rows.runs and rows.stacked is None:
             return outputs
         x_TD = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         if x_TD.shape[0] != rows.num_rows:
             raise ValueError(f"{rows.num_rows} rows were announced, the input has {x_TD.shape[0]}: call set_rows")
         ys = [y if y.ndim == 2 else y.view(-1, y.shape[-1]) for y in outputs]
         names = tuple(one.name if isinstance(one, BankedLinear) else None for one in linears)
+        if rows.direct:
+            _add_rows(rows.direct, names, x_TD, ys)
         stacked = rows.stacked is not None and rows.stack.add(rows.stacked, names, x_TD, ys)
         for run in rows.runs if stacked else (*rows.runs, *rows.together):
             _add_run(run, names, x_TD, ys)
@@ -144,6 +156,22 @@ class BankedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}"
+
+
+def _add_rows(
+    runs: Sequence[Run], names: tuple[str | None, ...], x_TD: torch.Tensor, outputs: Sequence[torch.Tensor]
+) -> None:
+    """What all adapters add to their rows, in one call; in place."""
+    updates: list[LowRankRows | None] = [None] * x_TD.shape[0]
+    for run in runs:
+        if (group := run.adapter.group(names)) is None:
+            continue
+        if group.rows is None or group.rows.dtype != x_TD.dtype:
+            _add_run(run, names, x_TD, outputs)
+        else:
+            updates[run.start : run.stop] = [group.rows] * (run.stop - run.start)
+    if any(one is not None for one in updates):
+        add_low_rank(updates, x_TD, outputs)
 
 
 def _add_run(run: Run, names: tuple[str | None, ...], x_TD: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:

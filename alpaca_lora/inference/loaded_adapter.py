@@ -14,6 +14,7 @@ import torch
 
 from alpaca_lora.adapters.record import AdapterRecord
 from alpaca_lora.kernels.attention import KeysValues
+from alpaca_lora.kernels.low_rank_rows import LowRankRows
 from alpaca_lora.kernels.scale import scale_columns
 from alpaca_lora.models.classifier import Score
 
@@ -49,11 +50,14 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """An adapter's updates of linears that share an input: A^T of all of them side by side (in, R1 + R2 + ...)."""
+    """An adapter's updates of linears that share an input: A^T of all of them side by side (in, R1 + R2 + ...); rows:
+    the same as C reads it, None where it cannot.
+    """
 
     A_DR: torch.Tensor
     ranks: tuple[int, ...]
     parts: tuple[Part, ...]
+    rows: LowRankRows | None
 
 
 @dataclass(slots=True, eq=False)
@@ -107,8 +111,11 @@ class LoadedAdapter:
             joined = found[0][1].A_RD if len(found) == 1 else torch.cat([update.A_RD for _, update in found])
             for (_, update), a_RD in zip(found, joined.split(ranks), strict=True):
                 update.A_RD = a_RD
+                # B^T lies row by row, as who adds to few rows reads it; a matrix product takes either
+                update.B_OR = update.B_OR.t().contiguous().t()
             parts = tuple(Part(place, update, update.B_OR.t()) for place, update in found)
-            return Group(joined.t(), ranks, parts)
+            rows = LowRankRows.of(joined, [(place, B_RO, update.scale) for place, update, B_RO in parts])
+            return Group(joined.t(), ranks, parts, rows)
 
     def leave(self) -> None:
         """Give the memory back; what describes it stays."""

@@ -59,10 +59,18 @@ class LowRankRows:
         self.address, self.dtype, self.in_features = ctypes.addressof(struct), A_RD.dtype, A_RD.shape[1]
         self.widths = {place: B_RO.shape[1] for place, B_RO, _ in parts}
 
+    @classmethod
+    def of(cls, A_RD: torch.Tensor, parts: Sequence[tuple[int, torch.Tensor, float]]) -> LowRankRows | None:
+        """None where C cannot read them."""
+        try:
+            return cls(A_RD, parts)
+        except ValueError:
+            return None
 
-def is_ready(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `add_low_rank` can be used with such tensors at all."""
-    return device.type == "cpu" and dtype in DTYPES and library().handle is not None
+
+def is_ready(device: torch.device) -> bool:
+    """Whether `add_low_rank` can be used there."""
+    return device.type == "cpu" and library().handle is not None
 
 
 def add_low_rank(

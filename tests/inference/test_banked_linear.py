@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from alpaca_lora.adapters.peft_format import load_adapter
+from alpaca_lora.inference import banked_linear
 from alpaca_lora.inference.adapter_bank import AdapterBank
 from alpaca_lora.inference.banked_linear import BankedLinear, BankRows
 from alpaca_lora.inference.loaded_adapter import LoadedAdapter, LowRank
@@ -47,12 +48,20 @@ def quantized(scheme: str) -> Callable[[], CausalLM]:
     return make
 
 
+@pytest.fixture
+def no_direct_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no compiler, or on a GPU."""
+    monkeypatch.setattr(banked_linear, "is_ready", lambda device: False)
+
+
 def bfloat16() -> CausalLM:
     return tiny_model().to(torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *SPECIAL])
-def test_each_method_says_what_it_says_attached(tmp_path: Path, kind: str) -> None:
+def test_each_method_says_what_it_says_attached(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     folder = make_folder(tmp_path / "a", kind)
     model, prompts = tiny_model(), [ids(9), ids(1, seed=1)]
     bank = AdapterBank(model, BASE)
@@ -64,6 +73,9 @@ def test_each_method_says_what_it_says_attached(tmp_path: Path, kind: str) -> No
         torch.testing.assert_close(found, expected, **CLOSE)
         bank._rows.stacks = True
         assert_same(said_together(bank, model, [(adapter, prompt)])[0], expected)
+        with monkeypatch.context() as patch:
+            patch.setattr(banked_linear, "is_ready", lambda device: False)
+            assert_same(said_together(bank, model, [(adapter, prompt)])[0], expected)
         assert (found - plain).abs().max() > 0.01, "the adapter does nothing"
 
 
@@ -114,11 +126,15 @@ def test_rows_of_the_base_are_untouched_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(base_rows(adapter, wild)[0], base_rows(adapter, None)[0])
 
 
-@pytest.mark.parametrize("stacks", [True, False])
-def test_an_adapter_that_breaks_hurts_its_own_rows_only(tmp_path: Path, stacks: bool) -> None:
+@pytest.mark.parametrize("way", ["direct", "stacked", "one by one"])
+def test_an_adapter_that_breaks_hurts_its_own_rows_only(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model()
     bank = AdapterBank(model, BASE)
-    bank._rows.stacks = stacks
+    bank._rows.stacks = way != "one by one"
+    if way == "stacked":
+        monkeypatch.setattr(banked_linear, "is_ready", lambda device: False)
     folder = make_folder(tmp_path / "a", "lora-everywhere")
     adapter, sound, broken = (bank.load(name, folder) for name in ("adapter", "sound", "broken"))
     for update in broken.updates.values():
@@ -189,8 +205,13 @@ def test_loading_a_prompt_between_two_forwards_leaves_the_rows(tmp_path: Path) -
         assert torch.equal(model(ids(5), torch.arange(5), Packed([5])), before)
 
 
+@pytest.mark.parametrize("way", ["direct", "stacked"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_stacked_rows_are_those_one_by_one(tmp_path: Path, dtype: str) -> None:
+def test_rows_together_are_those_one_by_one(
+    tmp_path: Path, dtype: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "stacked":
+        monkeypatch.setattr(banked_linear, "is_ready", lambda device: False)
     make = tiny_model if dtype == "float32" else bfloat16
     model = make()
     bank = AdapterBank(model, BASE)
@@ -208,16 +229,40 @@ def test_stacked_rows_are_those_one_by_one(tmp_path: Path, dtype: str) -> None:
         rows = [(loaded[kind], ids(1 if step % 4 else chooser.randint(1, 3), seed=step)) for kind in some]
         rows.insert(chooser.randint(0, len(rows)), (None, ids(2, seed=step)))
         together = said_together(bank, model, rows)
-        assert bank._rows.stacked is not None and bank._rows.runs == ()
+        assert bool(bank._rows.direct) == (way == "direct") and (bank._rows.stacked is not None) == (way == "stacked")
+        assert bank._rows.runs == ()
         bank._rows.stacks = False
         one_by_one = said_together(bank, model, rows)
-        assert bank._rows.stacked is None and len(bank._rows.runs) == len(some)
+        assert bank._rows.stacked is None and not bank._rows.direct and len(bank._rows.runs) == len(some)
         bank._rows.stacks = True
         for found, expected in zip(together, one_by_one, strict=True):
             assert_same(found, expected, share)
 
 
-def test_which_runs_are_stacked() -> None:
+def test_few_rows_go_in_one_call() -> None:
+    rows = BankRows(torch.device("cpu"))
+    if not banked_linear.is_ready(rows.device):
+        pytest.skip("needs a compiler")
+    a, b, large = (low_rank_adapter(["q"], rank, 4, 4) for rank in (1, 2, 65))
+    linear = BankedLinear(Linear(4, 4), "q", rows)
+    torch.nn.init.normal_(linear.base.weight)
+    rows.set([(a, 2), (None, 1), (large, 1), (a, 1), (b, 20)])
+    assert len(rows.direct) == 4 and rows.runs == () and rows.stacked is None
+    x = torch.randn(25, 4)
+    found, expected = linear(x), linear.base(x)
+    for start, stop, adapter in rows.direct:
+        low = adapter.updates["q"]
+        expected[start:stop] += low.scale * (x[start:stop] @ low.A_RD.t() @ low.B_OR.t())
+    torch.testing.assert_close(found, expected)
+    rows.select([0, 2, 3])
+    assert [(run.start, run.stop, run.adapter) for run in rows.direct] == [(0, 1, a), (2, 3, large)]
+    with rows.base_only():
+        assert torch.equal(linear(x), linear.base(x))
+    rows.set([(a, 30), (b, 3)])  # more than are few
+    assert rows.direct == () and rows.stacked is not None
+
+
+def test_which_runs_are_stacked(no_direct_rows: None) -> None:
     rows = BankRows(torch.device("cpu"))
     a, b, c, large = (low_rank_adapter(["q"], rank, 4, 4) for rank in (1, 2, 3, 65))
     rows.set([(a, 1)])
@@ -234,7 +279,7 @@ def test_which_runs_are_stacked() -> None:
     assert rows.stacked is not None and (rows.stacked.num_adapters, rows.stacked.num_rows) == (3, 1)
 
 
-def test_copies_are_made_when_somebody_joins_only() -> None:
+def test_copies_are_made_when_somebody_joins_only(no_direct_rows: None) -> None:
     torch.manual_seed(0)
     rows = BankRows(torch.device("cpu"))
     linear = BankedLinear(Linear(4, 4), "q", rows)
