@@ -26,10 +26,15 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def decode_speed(run: Run) -> float:
-    """Tokens per second of all streams together from the first token that came to the last; prompts do not count."""
-    first, last = min(times[0] for times in run["times"]), max(times[-1] for times in run["times"])
-    tokens = sum(run["counts"]) - len(run["counts"])
-    return tokens / (last - first) if last > first else math.nan
+    """Tokens per second of all streams together once each of them has begun: prompts do not count, not even those that
+    a server reads one after the other.
+    """
+    begun, last = max(times[0] for times in run["times"]), max(times[-1] for times in run["times"])
+    tokens = sum(
+        count * sum(second > begun for second in times) / len(times)
+        for times, count in zip(run["times"], run["counts"], strict=True)
+    )
+    return tokens / (last - begun) if last > begun else math.nan
 
 
 def whole_speed(run: Run) -> float:

@@ -27,7 +27,10 @@ TEXT = "All about a small shop at the harbour, its clock and its two cats. " * 3
 def test_speeds_and_waits() -> None:
     run = {"times": [[1.0, 2.0, 4.0], [1.5, 2.5]], "counts": [3, 2]}
     assert serve_figures.whole_speed(run) == 5 / 4
-    assert serve_figures.decode_speed(run) == 3 / 3  # the two first tokens are the prompts'
+    assert serve_figures.decode_speed(run) == 3 / 2.5  # of the first stream two, of the second one
+    # pieces of text that are fewer than the tokens; a second stream that waits for the end of the first
+    assert serve_figures.decode_speed({"times": [[1.0, 2.0]], "counts": [4]}) == 2
+    assert serve_figures.decode_speed({"times": [[1.0, 2.0], [3.0, 4.0]], "counts": [2, 2]}) == 1
     waits = serve_figures.waits([run])
     assert waits["first_p50"] == 1250 and waits["between_p50"] == 1000 and waits["between_p95"] == pytest.approx(1900)
     assert serve_figures.prefill([run, {"times": [[3.0]]}], 512) == 512 / 2
