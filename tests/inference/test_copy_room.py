@@ -12,7 +12,6 @@ import torch
 
 from alpaca_lora.errors import MachineError
 from alpaca_lora.inference import banked_linear
-from alpaca_lora.inference import banked_linear
 from alpaca_lora.inference.adapter_bank import IDLE_FOR, AdapterBank
 from alpaca_lora.inference.loaded_adapter import LoadedAdapter
 from alpaca_lora.models.decoder import CausalLM

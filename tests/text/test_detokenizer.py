@@ -40,6 +40,10 @@ def test_a_character_comes_when_it_is_complete() -> None:
     pieces = pieces_of(tokenizer, tokenizer.encode_text("😀"))
     assert pieces == ["", "", "", "😀", ""]
     assert pieces_of(tokenizer, tokenizer.encode_text("😀")[:3]) == ["", "", "", "\ufffd"]
+    detokenizer = Detokenizer(tokenizer)
+    assert [(detokenizer.push(one), detokenizer.is_inside)[1] for one in tokenizer.encode_text("a😀")] == [
+        False, True, True, True, False,
+    ]  # fmt: skip
 
 
 @settings(max_examples=80, deadline=None)
