@@ -70,7 +70,8 @@ def test_a_new_adapter_is_its_text_before_every_row(method: type[VirtualTokenAda
     torch.testing.assert_close(behind, torch.cat([row[len(TEXT) :] for row in rows]), atol=2e-5, rtol=1e-5)
     assert (behind - bare).abs().max() > 0.01
     adapter.remove()
-    assert torch.equal(logits(model, ROWS), bare) and model.prefix is None
+    with torch.no_grad():  # as before: with gradients few rows go through other kernels
+        assert torch.equal(logits(model, ROWS), bare) and model.prefix is None
 
 
 @both
