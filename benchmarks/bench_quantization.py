@@ -29,7 +29,8 @@ from benchmarks.machine_card import RESULTS, keep  # noqa: E402
 
 DATA = ROOT.parent / "shared/data/wikitext2"
 PICTURE = ROOT / "docs/pictures/quantization.png"
-CALIBRATION = ["--calibration_data", str(DATA / "valid.txt")]
+# from the checkout's root, where all commands run: results say it
+CALIBRATION = ["--calibration_data", os.path.relpath(DATA / "valid.txt", ROOT)]
 # name -> flags of `alpaca-lora quantize`; None: the dense model
 OURS: dict[str, list[str] | None] = {
     "bfloat16": None,
