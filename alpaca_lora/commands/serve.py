@@ -93,9 +93,11 @@ def _application(
         base.model, base.tokenizer, bank=bank, max_running=config.max_running, step_tokens=config.step_tokens,
         cache_bytes=_bytes(config.kv_cache_gb), keep_prefixes=True,
     )  # fmt: skip
+    grammars = GrammarCompiler(base.tokenizer)
+    grammars.prepare()
     app = _room("app").create_app(
         engine, bank, _prompts(config, base), config, base_name=name, fingerprint=base.fingerprint,
-        grammars=GrammarCompiler(base.tokenizer), policy_of=_policies(policies, name, bank, classifiers), keys=ring,
+        grammars=grammars, policy_of=_policies(policies, name, bank, classifiers), keys=ring,
     )  # fmt: skip
     classifiers.bind(app.state.service)
     return app

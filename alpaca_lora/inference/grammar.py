@@ -8,6 +8,7 @@ step; a request whose grammar goes over them ends with an error of its own.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -74,6 +75,11 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+
+    def prepare(self) -> None:
+        """Get the vocabulary ready now: it holds up all other threads for a tenth of a second."""
+        if importlib.util.find_spec("llguidance") is not None:
+            self._vocabulary  # noqa: B018 - made when it is asked for
 
     def json_object(self) -> Grammar:
         """Any JSON object."""

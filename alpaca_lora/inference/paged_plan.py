@@ -32,10 +32,11 @@ class Segment(NamedTuple):
 class PagedPlan:
     """Rows of the stream are the segments' new tokens, in order. Blocks may be shared as long as nobody writes to what
     others read: a sequence that begins with blocks which another one fills in this very step reads them behind it.
+    ``num_idle`` rows behind them are of nobody: nothing of them is stored, and what they attend to is zero.
     """
 
-    def __init__(self, cache: KVCache, segments: Sequence[Segment]) -> None:
-        self._cache = cache
+    def __init__(self, cache: KVCache, segments: Sequence[Segment], num_idle: int = 0) -> None:
+        self._cache, self._num_idle = cache, num_idle
         self._places_T = self._tensor(np.concatenate([places_of(*one, cache.block_size) for one in segments]))
         self._decoding: list[Segment] = []
         self._beginning: list[int] = []  # lengths
@@ -69,6 +70,16 @@ class PagedPlan:
         window: int | None,
     ) -> torch.Tensor:  # fmt: skip
         """out_THE; a token sees its own sequence up to itself."""
+        if self._num_idle:
+            busy = slice(0, len(q_THE) - self._num_idle)
+            out_THE = self._attend(layer, q_THE[busy], k_TKE[busy], v_TKE[busy], scale, window)
+            return torch.cat((out_THE, out_THE.new_zeros(self._num_idle, *out_THE.shape[1:])))
+        return self._attend(layer, q_THE, k_TKE, v_TKE, scale, window)
+
+    def _attend(
+        self, layer: int, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, scale: float,
+        window: int | None,
+    ) -> torch.Tensor:  # fmt: skip
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         write_paged(k_TKE, v_TKE, keys, values, self._places_T)
         if not self._is_mixed:

@@ -11,8 +11,12 @@ from alpaca_lora.inference.adapter_bank import AdapterBank
 from alpaca_lora.inference.kv_cache import KVCache
 from alpaca_lora.inference.paged_plan import PagedPlan
 from alpaca_lora.inference.step_batch import StepBatch
+from alpaca_lora.kernels.few_rows import FEW_ROWS
 from alpaca_lora.models.classifier import class_logits
 from alpaca_lora.models.decoder import CausalLM
+
+# numbers of rows are multiples of one up to so many rows, above of the other: 36 numbers up to 2,048 rows
+SMALL_STEP, SMALL_ROWS, LARGE_STEP = 16, 128, 64
 
 
 class StepLogits(NamedTuple):
@@ -31,11 +35,22 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: StepBatch) -> StepLogits:
         """Stores keys and values of all rows in the cache and returns the logits of those that are asked."""
+        idle = [0] * self._num_idle(len(batch.ids))
         if self.bank is not None:
-            self.bank.set_rows(batch.adapters)
-        plan = PagedPlan(self.cache, batch.segments)
-        hidden_TD = self.model(self._tensor(batch.ids), self._tensor(batch.positions), plan)
+            self.bank.set_rows([*batch.adapters, (None, len(idle))] if idle else batch.adapters)
+        plan = PagedPlan(self.cache, batch.segments, len(idle))
+        hidden_TD = self.model(self._tensor(batch.ids + idle), self._tensor(batch.positions + idle), plan)
         return StepLogits(self._token_logits(hidden_TD, batch.token_rows), self._classes(hidden_TD, batch))
+
+    def _num_idle(self, num_rows: int) -> int:
+        """Rows that are computed for nobody, so that steps have few different numbers of rows: for each one processors
+        compile their products in bfloat16 anew, and keep them. Half a minute of prompts of all lengths took 300 MB so.
+        """
+        if num_rows <= FEW_ROWS or self.cache.device.type != "cpu" or self.cache.keys[0].dtype != torch.bfloat16:
+            return 0
+        if any(rope.kind == "dynamic" for rope in self.model.config.ropes):
+            return 0  # reads a sequence's length off the positions of a step
+        return -num_rows % (SMALL_STEP if num_rows <= SMALL_ROWS else LARGE_STEP)
 
     def _token_logits(self, hidden_TD: torch.Tensor, rows: list[int]) -> torch.Tensor:
         if not rows:
