@@ -124,7 +124,10 @@ CONFIGS = {
     "unknown targets": ({"target_modules": ["q_prj"]}, "target_modules: 'q_prj' matches nothing (nearest: q_proj"),
     "odd layers": ({"layers_to_transform": "x"}, "layers_to_transform: is 'x', expected numbers of layers"),
     "no such layer": ({"layers_to_transform": [7]}, "target_modules: names no linear of this model"),
-    "layer pattern": ({"layers_to_transform": [0], "layers_pattern": "("}, "layers_pattern: '(' is not a regular expr"),
+    "layer pattern": (
+        {"layers_to_transform": [0], "layers_pattern": "("},
+        "layers_pattern: '(' is not the name of a list",
+    ),
     "odd exclusion": ({"exclude_modules": 5}, "exclude_modules: is 5, expected names or a regular expression"),
 }
 
