@@ -19,6 +19,7 @@ from pathlib import Path
 from alpaca_lora.adapters.linear_adapter import check_free, replace
 from alpaca_lora.adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from alpaca_lora.adapters.record import RECORD_NAME
+from alpaca_lora.device import give_holes_back
 from alpaca_lora.errors import AdapterError, MachineError, nearest
 from alpaca_lora.inference.banked_linear import BankedLinear, BankRows
 from alpaca_lora.inference.checked_adapter import CheckedAdapter, ServedBase
@@ -98,7 +99,10 @@ class AdapterBank:
                     entry.pinned |= pinned
                     if entry.adapter.is_resident:
                         return entry.adapter
-            return self._read(name, folder, pinned=pinned, is_used=False)
+            try:
+                return self._read(name, folder, pinned=pinned, is_used=False)
+            finally:
+                give_holes_back()  # of what checking it took, and of whoever left for it
 
     def unload(self, name: str) -> None:
         """Forget a name; the memory goes with the last user. Waits for a load of the name that is under way.
@@ -108,6 +112,7 @@ class AdapterBank:
             adapter = self._entry(name).adapter
             del self._entries[name]
             self._retire(adapter)
+        give_holes_back()
 
     def names(self) -> list[str]:
         """Names in the order in which they were first loaded; those that left for others are among them."""
