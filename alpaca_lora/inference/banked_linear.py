@@ -180,7 +180,12 @@ def _add_run(run: Run, names: tuple[str | None, ...], x_TD: torch.Tensor, output
     group = adapter.group(names)
     if group is None:
         return
-    u_TR = x_TD[start:stop] @ group.A_DR
+    wide = torch.float32 if x_TD.device.type == "cpu" else x_TD.dtype  # see Runner: no products for each number of rows
+    u_TR = x_TD[start:stop].to(wide) @ group.A_DR.to(wide)
     us = (u_TR,) if len(group.ranks) == 1 else u_TR.split(group.ranks, dim=1)
     for (place, update, B_RO), u in zip(group.parts, us, strict=True):
-        outputs[place][start:stop].addmm_(u, B_RO, alpha=update.scale)
+        y_TO = outputs[place][start:stop]
+        if y_TO.dtype == wide:
+            y_TO.addmm_(u, B_RO, alpha=update.scale)
+        else:
+            y_TO.add_(u @ B_RO.to(wide), alpha=update.scale)
