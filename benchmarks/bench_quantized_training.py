@@ -50,6 +50,7 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
 # run -> (flags, the targets that it is quantized to in the end)
 RUNS: dict[str, tuple[list[str], list[str]]] = {
     "lora": ([], list(TARGETS)),
+    "qlora int8": (["--quantize", "int8"], []),
     "qlora nf4": (["--quantize", "nf4"], []),
     "qlora int4": (["--quantize", "int4"], []),
     "qat int4": (["--quantization_aware", "int4"], ["int4"]),
