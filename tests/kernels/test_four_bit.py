@@ -9,12 +9,13 @@ import torch
 
 from alpaca_lora.kernels import four_bit, reference
 from alpaca_lora.kernels.cpu import library as library_module
-from alpaca_lora.kernels.cpu.library import FLAGS, Library, library
+from alpaca_lora.kernels.cpu.library import Library
 from alpaca_lora.kernels.four_bit import BlockScales
 from tests.kernels.compare import TOLERANCE, outputs_and_gradients
 from tests.quantization.checks import off_by
 
 # (out, in, block): one weight, primes, blocks that straddle rows, odd rows, more than one nested block, int4's groups
+USED_BY = (four_bit,)  # what the fixture `kernels` gives its library to
 CASES = [
     (1, 1, 32),
     (7, 101, 64),
@@ -27,22 +28,6 @@ CASES = [
 ]
 CASE = pytest.mark.parametrize(("out_features", "in_features", "block_size"), CASES)
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-
-
-@pytest.fixture(params=["", "-march=haswell", "-march=x86-64"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """The library for this processor, for one with AVX2 only, and for one with neither."""
-    if not request.param:
-        found = library()
-        if found.handle is None:
-            pytest.skip(found.reason)
-        return found
-    compiler = library_module.find_compiler()
-    if compiler is None or library_module.platform.machine() != "x86_64":
-        pytest.skip("needs a C compiler and a processor of this kind")
-    found = Library(library_module.load(compiler, (*FLAGS, request.param)), request.param)
-    monkeypatch.setattr(four_bit, "library", lambda: found)
-    return found
 
 
 class Weight:

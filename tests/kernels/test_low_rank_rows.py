@@ -6,30 +6,13 @@ import pytest
 import torch
 
 from alpaca_lora.kernels import few_rows, low_rank_rows
-from alpaca_lora.kernels.cpu import library as library_module
-from alpaca_lora.kernels.cpu.library import FLAGS, Library, library
 from alpaca_lora.kernels.low_rank_rows import MAX_RANK, LowRankRows, add_low_rank
 from tests.kernels.compare import randn
 
+pytestmark = pytest.mark.usefixtures("kernels")
+USED_BY = (few_rows, low_rank_rows)  # what the fixture `kernels` gives its library to
 DTYPES = [torch.float32, torch.bfloat16]
 Part = tuple[int, torch.Tensor, float]
-
-
-@pytest.fixture(params=["", "-march=haswell", "-march=x86-64"], autouse=True)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """The library for this processor, for one with AVX2 only, and for one with neither."""
-    if not request.param:
-        found = library()
-        if found.handle is None:
-            pytest.skip(found.reason)
-        return found
-    compiler = library_module.find_compiler()
-    if compiler is None or library_module.platform.machine() != "x86_64":
-        pytest.skip("needs a C compiler and a processor of this kind")
-    found = Library(library_module.load(compiler, (*FLAGS, request.param)), request.param)
-    for module in (few_rows, low_rank_rows):
-        monkeypatch.setattr(module, "library", lambda: found)
-    return found
 
 
 def update_of(width: int, parts: list[tuple[int, int, int, float]], dtype: torch.dtype, seed: int) -> tuple:

@@ -12,7 +12,7 @@ import torch
 from alpaca_lora.kernels import paged_attention as module
 from alpaca_lora.kernels import reference
 from alpaca_lora.kernels.cpu import library as library_module
-from alpaca_lora.kernels.cpu.library import FLAGS, Library, library
+from alpaca_lora.kernels.cpu.library import Library, library
 from alpaca_lora.kernels.paged_attention import (
     attend_gathered,
     attend_padded,
@@ -22,26 +22,11 @@ from alpaca_lora.kernels.paged_attention import (
 )
 from tests.kernels.compare import TOLERANCE, randn
 
+USED_BY = (module,)  # what the fixture `kernels` gives its library to
 DTYPES = [torch.float32, torch.bfloat16]
 # Numbers of order 1: an error of the scores, hundred roundings of float32, is the same share of the probabilities, so
 # of the largest value; then one rounding to the result's dtype, of the result itself.
 SCORES, ROUNDING = 1e-5, {dtype: torch.finfo(dtype).eps / 2 for dtype in DTYPES}
-
-
-@pytest.fixture(params=["", "-march=haswell", "-march=x86-64"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """The library for this processor, for one with AVX2 only, and for one with neither."""
-    if not request.param:
-        found = library()
-        if found.handle is None:
-            pytest.skip(found.reason)
-        return found
-    compiler = library_module.find_compiler()
-    if compiler is None or library_module.platform.machine() != "x86_64":
-        pytest.skip("needs a C compiler and a processor of this kind")
-    found = Library(library_module.load(compiler, (*FLAGS, request.param)), request.param)
-    monkeypatch.setattr(module, "library", lambda: found)
-    return found
 
 
 @pytest.fixture
