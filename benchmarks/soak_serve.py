@@ -46,7 +46,7 @@ WORDS = ["--max_running", "8", "--max_queue", "6", "--max_answer_tokens", "256",
 CACHE_GB = 0.03  # about 1,300 tokens of smollm2-135m
 PROBE_SECONDS, ROW_SECONDS, SETTLE_SECONDS = 0.1, 30.0, 60.0
 MAX_HEALTH_MS = 100.0
-# of resident memory, from the second quarter of the time to the last: pages and compiled kernels of shapes that come late
+# of resident memory, from the second quarter to the last: pages, compiled kernels of shapes that come late
 MAX_GROWTH = 1.05
 SCHEMA = {
     "type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
