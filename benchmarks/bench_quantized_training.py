@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/bench_quantized_training.py [--runs lora "qlora nf4" ...] [--rates 1e-3] [--steps 48]
 
-The same rows of Alpaca, steps and batches for all. `lora` and the `qat` runs are folded and quantized in the end, each
-by the targets that concern it, and the validation loss is that of the quantized model. Runs that
+The same rows of Alpaca, steps and batches for all, peft's too. `lora` and the `qat` runs are folded and quantized in the
+end, each by the targets that concern it, and the validation loss is that of the quantized model. Runs that
 benchmarks/results/quantized_training.jsonl holds already (same settings) are not made again. Prints a Markdown table;
 the last line is JSON.
 """
@@ -11,14 +11,18 @@ the last line is JSON.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -37,6 +41,7 @@ from alpaca_lora.quantization.qat import fold  # noqa: E402
 from alpaca_lora.text.templates import load_template  # noqa: E402
 from alpaca_lora.training.loss import causal_lm_loss  # noqa: E402
 from alpaca_lora.training.micro_batch import rounded_up  # noqa: E402
+from benchmarks.bench_finetune import dense_folder  # noqa: E402
 from benchmarks.machine_card import RESULTS, keep  # noqa: E402
 from benchmarks.tune_methods import BASE, rows_file  # noqa: E402
 
@@ -47,34 +52,85 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("int4", {}),
     "int4 symmetric, group 192": ("int4", {"symmetric": True, "group_size": 192}),
 }
-# run -> (flags, the targets that it is quantized to in the end)
-RUNS: dict[str, tuple[list[str], list[str]]] = {
-    "lora": ([], list(TARGETS)),
-    "qlora int8": (["--quantize", "int8"], []),
-    "qlora nf4": (["--quantize", "nf4"], []),
-    "qlora int4": (["--quantize", "int4"], []),
-    "qat int4": (["--quantization_aware", "int4"], ["int4"]),
-    "qat int4 symmetric": (
-        ["--quantization_aware", "int4", "--symmetric", "true", "--group_size", "192"], ["int4 symmetric, group 192"],
+START = ["--init_lora_weights", "rounding_error"]
+WIDE = ["--lora_r", "64", "--lora_alpha", "128"]
+MIXED = ["--scheme", "mixed", "--bits", "4.5", "--int4_method", "gptq"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """flags: of our command, or of the run that a peer does after us. targets: what it is quantized to in the end.
+    made: flags of `quantize`, of a folder that is its base. peer: None, or peft on a base that is dense or nf4.
+    """
+
+    flags: list[str] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
+    made: list[str] = field(default_factory=list)
+    peer: Literal["dense", "nf4"] | None = None
+
+
+RUNS: dict[str, Run] = {
+    "lora": Run(targets=list(TARGETS)),
+    "qlora int8": Run(["--quantize", "int8"]),
+    "qlora nf4": Run(["--quantize", "nf4"]),
+    "qlora int4": Run(["--quantize", "int4"]),
+    "qlora nf4, from the rounding error": Run(["--quantize", "nf4", *START]),
+    "qlora mixed gptq": Run(made=MIXED),
+    "qlora mixed gptq, from the rounding error": Run(START, made=MIXED),
+    "peft lora": Run(peer="dense"),
+    "peft qlora, bitsandbytes nf4": Run(peer="nf4"),
+    "lora r=64": Run(WIDE),
+    "qlora r=64 nf4, from the rounding error": Run(
+        ["--lora_r", "64", "--lora_alpha", "128", "--quantize", "nf4", *START]
     ),
-}  # fmt: skip
+    "qat int4": Run(["--quantization_aware", "int4"], ["int4"]),
+    "qat int4 symmetric": Run(
+        ["--quantization_aware", "int4", "--symmetric", "true", "--group_size", "192"], ["int4 symmetric, group 192"]
+    ),
+}
 LORA = "--lora_r 16 --lora_alpha 32 --lora_target_modules all-linear --lora_dropout 0"
 GOAL = 0.02  # nats that QLoRA may lose against LoRA
 
 
-def train(
-    flags: list[str], rate: str, steps: int, files: tuple[Path, Path], folder: Path, threads: int
-) -> dict[str, Any]:
-    """One run; its figures, or ``failed``."""
-    command = [
-        sys.executable, "-m", "alpaca_lora", "finetune", *BASE.split(), *LORA.split(), *flags, "--json",
-        "--data_path", str(files[0]), "--val_data_path", str(files[1]), "--max_steps", str(steps),
-        "--eval_steps", str(steps), "--save_steps", "100000", "--learning_rate", rate, "--num_sample_answers", "0",
-        "--output_dir", str(folder), "--num_threads", str(threads),
+def our_flags(run: Run, rate: str, steps: int, files: tuple[Path, Path], folder: Path, threads: int) -> list[str]:
+    """What follows `finetune`; a flag of the run takes the place of another of its name."""
+    words = [
+        *BASE.split(), *LORA.split(), "--data_path", str(files[0]), "--val_data_path", str(files[1]),
+        "--max_steps", str(steps), "--eval_steps", str(steps), "--save_steps", "100000", "--learning_rate", rate,
+        "--num_sample_answers", "0", "--output_dir", str(folder), "--num_threads", str(threads), *run.flags,
     ]  # fmt: skip
-    result = child(command)
+    return [word for pair in dict(zip(words[::2], words[1::2], strict=True)).items() for word in pair]
+
+
+def train(run: Run, flags: list[str], calibration: Path, folder: Path, threads: int) -> dict[str, Any]:
+    """One run; its figures, or ``failed``. ``calibration``: the rows that a base is made on."""
+    if run.peer is not None:
+        return peer(run, flags, folder, threads)
+    if run.made:
+        base = folder.with_name("base-" + hashlib.sha256(" ".join(run.made).encode()).hexdigest()[:8])
+        if not base.exists():
+            rows = ["--calibration_data", str(calibration), "--prompt_template_name", "alpaca"]
+            made = child([
+                sys.executable, "-m", "alpaca_lora", "quantize", "--base_model", "smollm2-135m", *run.made, *rows,
+                "--output_dir", str(base), "--num_threads", str(threads), "--json",
+            ])  # fmt: skip
+            if "failed" in made:
+                return made
+        flags = [str(base) if before == "--base_model" else flag for before, flag in pairwise(["", *flags])]
+    result = child([sys.executable, "-m", "alpaca_lora", "finetune", *flags, "--json"])
     keys = ("val_loss", "train_loss", "trained_parameters", "tokens_per_second", "seconds", "peak_memory_bytes")
     return result if "failed" in result else {key: result[key] for key in keys}
+
+
+def peer(run: Run, flags: list[str], folder: Path, threads: int) -> dict[str, Any]:
+    """peft and transformers on the same rows and rates."""
+    model = folder.with_name("dense")
+    if not model.exists():
+        dense_folder(load_base("smollm2-135m", pick_compute("cpu", "float32")), model)
+    job = folder.with_suffix(".json")
+    content = {"model": str(model), "flags": flags, "quantized": run.peer == "nf4", "threads": threads}
+    job.write_text(json.dumps(content))
+    return child([sys.executable, str(ROOT / "benchmarks/peer_quantized_training.py"), str(job)])
 
 
 def child(command: list[str]) -> dict[str, Any]:
@@ -147,13 +203,22 @@ def verdicts(results: list[dict[str, Any]]) -> list[str]:
     if lora is None:
         return lines
     for name, one in best.items():
-        if name.startswith("qlora"):
-            lost = one["val_loss"] - lora["val_loss"]
-            lines.append(f"{name} against lora: {lost:+.4f} nats, {'within' if lost <= GOAL else 'beyond'} {GOAL}")
+        against = reference(name, best)
+        if against is not None:
+            lost = one["val_loss"] - best[against]["val_loss"]
+            lines.append(f"{name} against {against}: {lost:+.4f} nats, {'within' if lost <= GOAL else 'beyond'} {GOAL}")
         for target in one["quantized"] if name.startswith("qat") else ():
             gained = lora["quantized"][target]["val_loss"] - one["quantized"][target]["val_loss"]
             lines.append(f"{name} against lora quantized afterwards ({target}): {gained:+.4f} nats better")
     return lines
+
+
+def reference(name: str, known_runs: Mapping[str, Any]) -> str | None:
+    """The run beside dense weights, of the same rank and program, that a run is measured against."""
+    if "qlora" not in name:
+        return None
+    against = "peft lora" if name.startswith("peft") else "lora r=64" if "r=64" in name else "lora"
+    return against if against in known_runs else None
 
 
 def main() -> None:
@@ -176,16 +241,19 @@ def main() -> None:
         files = rows_file(Path(name), arguments.data, train=16 * arguments.steps, val=64)
 
         def result(run: str, rate: str) -> dict[str, Any]:
-            flags, targets = RUNS[run]
+            asked_for = RUNS[run]
+            targets = asked_for.targets
             settings = {
-                "run": run, "flags": flags, "rate": rate, "steps": arguments.steps, "base": BASE, "lora": LORA,
+                "run": run, "flags": [*asked_for.made, *asked_for.flags], "rate": rate, "steps": arguments.steps,
+                "base": BASE, "lora": LORA,
                 "targets": {target: list(TARGETS[target]) for target in targets}, "data": arguments.data.name,
             }  # fmt: skip
             before = [one for one in known() if settings.items() <= one.items() and "failed" not in one]
             if before:
                 return before[-1]
             folder = Path(name) / f"{run.replace(' ', '-')}-{rate}"
-            found = {**settings, **train(flags, rate, arguments.steps, files, folder, threads), "jobs": arguments.jobs}
+            flags = our_flags(asked_for, rate, arguments.steps, files, folder, threads)
+            found = {**settings, **train(asked_for, flags, files[0], folder, threads), "jobs": arguments.jobs}
             if "failed" not in found:
                 found["quantized"] = {target: quantized_loss(folder, target, threads) for target in targets}
             keep(NAME, found)

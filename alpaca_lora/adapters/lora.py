@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from alpaca_lora.adapters.base import EncodeText
+from alpaca_lora.adapters.base import EncodeText, Kept
 from alpaca_lora.adapters.linear_adapter import (
     PEFT_PREFIX,
     AdaptedLinear,
@@ -35,6 +35,8 @@ from alpaca_lora.adapters.targets import (
 from alpaca_lora.adapters.whole_modules import WholeModules, matching
 from alpaca_lora.device import available_memory_bytes
 from alpaca_lora.errors import AdapterError, ConfigError, MachineError, NumericalError
+
+START = ("start_A", "start_B")  # buffers of a layer
 
 
 class Lora(LinearAdapter):
@@ -189,6 +191,34 @@ class Lora(LinearAdapter):
         """LoRA+ (Hayou et al. 2024, section 4): B learns faster than A."""
         return self.lora_plus_ratio if name.endswith(".lora_B.weight") else 1.0
 
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        """Where layers began that did not begin at an update of zero."""
+        return {
+            f"{name}.{which}": tensor.clone()
+            for name, layer in self.layers.items()
+            for which in START
+            if (tensor := getattr(layer, which)) is not None
+        }
+
+    def load_extra_state(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Kept]:
+        """As `Adapter.load_extra_state`. AdapterError when it is not the state of this adapter."""
+        expected = {
+            f"{name}.{which}": parameter.shape
+            for name, layer in self.layers.items()
+            for which, parameter in zip(START, (layer.lora_A, layer.lora_B), strict=True)
+        }
+        begun = {key.rpartition(".")[0] for key in tensors}
+        wrong = [key for key, tensor in tensors.items() if key not in expected or tensor.shape != expected[key]]
+        wrong += [f"{name}.{which}" for name in begun for which in START if f"{name}.{which}" not in tensors]
+        if wrong:
+            raise AdapterError("not the state of this adapter", field=wrong[0], expected="the run's own checkpoint")
+        for name in begun:
+            layer = self.layers[name]
+            layer.keep_start(*(tensors[f"{name}.{which}"].to(layer.lora_A.device, copy=True) for which in START))
+            if self.movement is not None:
+                self.movement.begin_at([(name, "lora_A", layer.start_A), (name, "lora_B", layer.start_B)])
+        return {}
+
     def check_acted(self) -> None:
         """As `Adapter.check_acted`; NumericalError, besides, when the scale of a module was another than the one that
         its file says (alpha / r, or rsLoRA's alpha / sqrt(r)).
@@ -209,6 +239,8 @@ class Lora(LinearAdapter):
             ("scale", f"{_range(scales)} = {rule}"),
             ("effective rank", rank_line(list(self.layers.values()))),
         ]
+        if begun := sum(layer.start_A is not None for layer in self.layers.values()):
+            lines.append(("start", f"what quantizing took from the weights, in {begun} of {len(self.layers)} modules"))
         if self.lora_plus_ratio != 1.0:
             lines.append(("learning rate of lora_B", f"{self.lora_plus_ratio:g} times that of lora_A (LoRA+)"))
         return lines

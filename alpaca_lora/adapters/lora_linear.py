@@ -56,6 +56,21 @@ class LoRALinear(AdaptedLinear):
         super().__init__(base)
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.scale, self.rows, self.salt = scale, rows, salt
+        self.register_buffer("start_A", None, persistent=False)  # where A and B began, if not at an update of zero
+        self.register_buffer("start_B", None, persistent=False)
+
+    @torch.no_grad()
+    def begin_at(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Start at an update of b a, from a pair (K, in), (out, K) in the first K <= R of the places; it is kept to
+        measure change by.
+        """
+        self.lora_A[: len(a)].copy_(a)
+        self.lora_B[:, : b.shape[1]].copy_(b / self.scale)
+        self.keep_start(self.lora_A.detach().clone(), self.lora_B.detach().clone())
+
+    def keep_start(self, start_A: torch.Tensor, start_B: torch.Tensor) -> None:
+        """Say where A and B began."""
+        self.start_A, self.start_B = start_A, start_B
 
     @staticmethod
     def project_together(x: torch.Tensor, linears: Sequence[nn.Module]) -> tuple[torch.Tensor, ...]:
@@ -124,8 +139,11 @@ class LoRALinear(AdaptedLinear):
         return self.lora_A.detach(), self.lora_B.detach()
 
     def update_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `factors`, such that their product is exactly zero where nothing has moved."""
-        return self.factors()
+        """As `factors`, of the change since the start: their product is exactly zero where nothing has moved."""
+        a, b = self.factors()
+        if self.start_A is None or self.start_B is None:
+            return a, b
+        return torch.cat((a, a - self.start_A)), torch.cat((b - self.start_B, self.start_B), dim=1)
 
     def merged_weight(self) -> torch.Tensor:
         """W + s B A (out, in) in float32, outside of autograd."""
@@ -133,7 +151,9 @@ class LoRALinear(AdaptedLinear):
             return torch.addmm(base_weight(self.base).float(), self.lora_B, self.lora_A, alpha=self.scale)
 
     def change(self) -> float:
-        """Frobenius norm of the update s B A, from R x R products; exactly 0 where nothing has moved."""
+        """Frobenius norm of what was added to s B A since the start, from products of width R; exactly 0 where nothing
+        has moved.
+        """
         a, b = (factor.double() for factor in self.update_factors())
         square = ((b.t() @ b) * (a @ a.t())).sum()
         return self.scale * float(square.clamp_min(0).sqrt())

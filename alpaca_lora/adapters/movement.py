@@ -25,11 +25,15 @@ class Movement:
     def __init__(self, parts: Parts) -> None:
         self._start: dict[tuple[str, str], int] = {}
         self.norms: dict[tuple[str, str], float] = {}
+        self._waited: dict[str, int] = {}  # module -> steps since something of it moved
+        self.begin_at(parts)
+        self._still = set(self._start)
+
+    def begin_at(self, parts: Parts) -> None:
+        """Say where parts started, in the place of what they were when the run was taken up."""
         for module, part, tensor in parts:
             self._start[module, part] = _checksum(tensor)
             self.norms[module, part] = float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
-        self._still = set(self._start)
-        self._waited: dict[str, int] = {}  # module -> steps since something of it moved
 
     def note(self, parts: Parts) -> None:
         """Look at the parts after one more step."""

@@ -17,6 +17,7 @@ VIRTUAL = frozenset(("prefix", "prompt"))
 READ_BY: Mapping[str, frozenset[str]] = {
     "lora_r": LOW_RANK, "lora_alpha": LOW_RANK, "lora_dropout": LOW_RANK, "lora_target_modules": LOW_RANK | {"ia3"},
     "use_rslora": LOW_RANK, "lora_plus_ratio": LOW_RANK, "rank_pattern": LOW_RANK, "alpha_pattern": LOW_RANK,
+    "init_lora_weights": frozenset(("lora",)),
     "layers_to_transform": LOW_RANK | {"ia3"}, "modules_to_save": LOW_RANK | VIRTUAL | {"ia3"},
     "adalora_init_r": frozenset(("adalora",)), "adalora_tinit": frozenset(("adalora",)),
     "adalora_tfinal": frozenset(("adalora",)), "adalora_delta_t": frozenset(("adalora",)),
@@ -50,6 +51,10 @@ class AdapterOptions(Options):
     )
     rank_pattern: list[str] = Field([], description="ranks of single modules, NAME=RANK, for example q_proj=16")
     alpha_pattern: list[str] = Field([], description="alphas of single modules, NAME=ALPHA")
+    init_lora_weights: Literal["default", "rounding_error"] = Field(
+        "default", description="lora: where it starts: at an update of zero; or beside a quantized base with "
+        "rounding_error at what quantizing took from the weights, fitted on the training rows",
+    )  # fmt: skip
     layers_to_transform: list[int] = Field([], description="adapt only decoder layers of these numbers; none: all")
     modules_to_save: list[str] = Field([], description="modules to train wholly beside the adapter, by ends of names")
     adalora_init_r: int | None = Field(

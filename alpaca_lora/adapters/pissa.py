@@ -8,7 +8,6 @@ as it is, [A; A0] and [B -B0], which is PEFT's own conversion. Knows what LoRA k
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any, Self
@@ -22,9 +21,7 @@ from alpaca_lora.adapters.lora import Lora
 from alpaca_lora.adapters.lora_config import Setting, check_config
 from alpaca_lora.adapters.lora_linear import DropoutRows, LoRALinear, salt_of
 from alpaca_lora.errors import AdapterError, ConfigError, NumericalError
-
-EXACT_WIDTH = 1024  # a full decomposition of 1024 x 4096 takes 2.6 s on one core; wider ones are approximated
-OVERSAMPLING, ITERATIONS = 16, 16
+from alpaca_lora.kernels.truncated_svd import truncated_svd
 
 
 class PissaLinear(LoRALinear):
@@ -195,25 +192,11 @@ def principal_factors(
     weight_OD: torch.Tensor, setting: Setting, seed: int, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A (R, in) = sqrt(S / s) V^T and B (out, R) = U sqrt(S / s) of the R largest singular values; float32, on the CPU.
-
-    By the whole decomposition, or by randomised subspace iteration (Halko et al. 2011, algorithm 4.4) for weights whose
-    smaller side is above `EXACT_WIDTH`. Signs are fixed by V's largest entries, so the result is a function of the
-    arguments alone.
+    A function of the arguments alone.
     """
-    weight_OD = weight_OD.detach().to("cpu", torch.float32)
-    if min(weight_OD.shape) <= EXACT_WIDTH:
-        u_OK, values_K, vt_KD = torch.linalg.svd(weight_OD, full_matrices=False)
-    else:
-        digest = hashlib.sha256(f"pissa\0{seed}\0{name}".encode()).digest()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            width = min(setting.rank + OVERSAMPLING, *weight_OD.shape)
-            u_OK, values_K, v_DK = torch.svd_lowrank(weight_OD, q=width, niter=ITERATIONS)
-        vt_KD = v_DK.t()
-    u_OR, values_R, vt_RD = u_OK[:, : setting.rank], values_K[: setting.rank], vt_KD[: setting.rank]
-    signs_R = vt_RD.gather(1, vt_RD.abs().argmax(1, keepdim=True)).sign().squeeze(1)
+    u_OR, values_R, vt_RD = truncated_svd(weight_OD, setting.rank, f"pissa\0{seed}\0{name}")
     root_R = (values_R / setting.scale).sqrt()
-    return ((root_R * signs_R)[:, None] * vt_RD).contiguous(), (u_OR * (root_R * signs_R)).contiguous()
+    return (root_R[:, None] * vt_RD).contiguous(), (u_OR * root_R).contiguous()
 
 
 def converted(config: Mapping[str, Any]) -> dict[str, Any]:

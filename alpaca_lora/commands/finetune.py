@@ -1,6 +1,7 @@
 """`alpaca-lora finetune`: from a configuration to a saved adapter. Puts the rooms together; each knows its own part.
 
-folder and lock -> base model -> template -> rows -> adapter -> loader -> (resume) -> trainer -> adapter folder
+folder and lock -> base model -> template -> rows -> adapter (and its start) -> loader -> (resume) -> trainer ->
+adapter folder
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from rich.console import Console
 from alpaca_lora.adapters.peft_format import save_adapter
 from alpaca_lora.commands.audit import audit
 from alpaca_lora.commands.job import Job, assemble, speaker
+from alpaca_lora.commands.rounding_start import start_at_rounding_error
 from alpaca_lora.commands.run_report import report_run
 from alpaca_lora.commands.schemas import FinetuneConfig
 from alpaca_lora.config import Resolved, dump
@@ -48,6 +50,8 @@ def run(config: FinetuneConfig, *, resolved: Resolved[FinetuneConfig], console: 
             checkpoint = folder.claim(config)
             job = assemble(config, console, signals)
             audit(job, console, signals, measure_anew=False)
+            if config.init_lora_weights == "rounding_error" and job.adapter.method == "lora" and checkpoint is None:
+                start_at_rounding_error(job, console, signals)
         except Interrupted as interrupted:
             what = f"stopped by {interrupted} before the first step: nothing was trained"
             raise Stopped(interrupted.signal_number, what) from None

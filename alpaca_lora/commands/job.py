@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,11 @@ from alpaca_lora.device import Compute, pick_compute, seed_everything
 from alpaca_lora.errors import ConfigError
 from alpaca_lora.models.classifier import attach_score, refuse_classifier
 from alpaca_lora.models.load import Base, packed_linears
+from alpaca_lora.quantization.linear import QuantizedLinear
+from alpaca_lora.quantization.load import dense_source
 from alpaca_lora.quantization.plan import Plan, linear_shapes, scheme_settings
 from alpaca_lora.quantization.qat import fake_quantize
+from alpaca_lora.quantization.rounding_error import FIELD as START_FIELD
 from alpaca_lora.text.rendered import Rendered, Span, Template
 from alpaca_lora.text.templates import load_template
 from alpaca_lora.training.classification import ClassificationLoss, class_weights
@@ -151,10 +154,24 @@ def _attach(config: FinetuneConfig, base: Base, say: Callable[[str], None]) -> A
     adapter = method_class(config.method).attach(base.model, config, seed=config.seed, encode_text=encode_text)
     for message in adapter.messages:
         say(message)
+    if config.init_lora_weights == "rounding_error" and adapter.method == "lora":
+        _require_rounding_error(adapter, base)
     if plan is not None:
         fake_quantize(base.model, plan)
         say(f"quantization-aware: trained for {plan.summary(shapes)}")
     return adapter
+
+
+def _require_rounding_error(adapter: Adapter, base: Base) -> None:
+    """ConfigError when there is no error to start from, or the weights that it is found with are not at hand."""
+    layers: Mapping[str, Any] = getattr(adapter, "layers", {})
+    if not any(isinstance(layer.base, QuantizedLinear) for layer in layers.values()):
+        raise ConfigError(
+            "is rounding_error, and no linear that is adapted is quantized", field=START_FIELD, expected="default",
+            fix="add --quantize nf4, or leave it out",
+        )  # fmt: skip
+    with dense_source(base, START_FIELD):
+        pass
 
 
 def _loss(config: FinetuneConfig, prepared: Prepared) -> tuple[Loss, Judge]:

@@ -56,7 +56,7 @@ def run(config: MergeConfig, *, resolved: Resolved[MergeConfig], console: Consol
         say(message)
     onto: dict[str, Any] = {}
     if is_packed:
-        original, onto = _original(config, base, compute, say)
+        original, onto = _original(config, base, record, compute, say)
         if config.merge_onto == "original":
             assert original is not None
             base, adapter, dtype = original
@@ -94,24 +94,30 @@ def _storage_dtype(config: MergeConfig, base: Base) -> torch.dtype:
 
 
 def _original(
-    config: MergeConfig, base: Base, compute: Compute, say: Callable[[str], None]
+    config: MergeConfig, base: Base, record: AdapterRecord | None, compute: Compute, say: Callable[[str], None]
 ) -> tuple[tuple[Base, Adapter, torch.dtype] | None, dict[str, Any]]:
     """(the dense base that the packed ``base`` was made of, the adapter on it, the dtype to store), and how far its
     logits are from those that were trained, as JSON. None where the dense base cannot be had and is not asked for.
     """
+    nothing: dict[str, Any] = {"merge_onto": "dequantized", "original_logit_difference": None}
+    if record is not None and record.config.get("init_lora_weights") == "rounding_error":
+        what = "the adapter makes up for what quantizing took from the weights; the original ones still have it"
+        if config.merge_onto == "original":
+            raise AdapterError(what, file=config.lora_weights, field="merge_onto", expected="dequantized")
+        say(f"nothing is said of merging into the dense weights: {what}")
+        return None, nothing
     trained = prompt_logits(base)
     origin = read_origin(base.path) if is_quantized(base.path) else None
     name = config.base_model if origin is None else origin.base_model
     try:
         dense = load_base(name, compute)
-        if origin is not None and (origin.adapter_sha256 or dense.fingerprint != origin.base_fingerprint):
-            what = "an adapter was folded in" if origin.adapter_sha256 else f"{name} is another model by now"
+        if origin is not None and (what := origin.why_not(dense.fingerprint)):
             raise AdapterError(f"is not what {base.path} was made of: {what}", field="merge_onto")
     except AlpacaLoraError as error:
         if config.merge_onto == "original":
             raise
         say(f"nothing is said of merging into the dense weights, since they are not at hand: {error}")
-        return None, {"merge_onto": "dequantized", "original_logit_difference": None}
+        return None, nothing
     dtype = _storage_dtype(config, dense)
     adapter, _ = load_adapter(config.lora_weights, dense.model, ignore_base_mismatch=True)
     largest, mean = difference(trained, prompt_logits(dense))

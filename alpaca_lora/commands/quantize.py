@@ -17,24 +17,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 
 from alpaca_lora import __version__
 from alpaca_lora.adapters.base import Adapter
 from alpaca_lora.adapters.merge import check_free, folder_config, folder_files, save_tokenizer
 from alpaca_lora.adapters.peft_format import WEIGHTS_NAME, load_adapter
 from alpaca_lora.adapters.record import AdapterRecord, read_record
+from alpaca_lora.commands.bar import Bar
 from alpaca_lora.commands.calibration_rows import calibration_rows, rows_sha256
 from alpaca_lora.commands.job import speaker
 from alpaca_lora.commands.merge import require_mergeable
@@ -56,7 +46,6 @@ from alpaca_lora.weights.hub import resolve
 from alpaca_lora.weights.safetensors_file import file_sha256
 
 WORST_SHOWN, WORST_KEPT = 3, 10
-PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 @dataclass
@@ -79,36 +68,6 @@ class Made:
         return {"relative_errors_of": self.errors_of, "mean": mean, "largest": [list(one) for one in worst]}
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.2g}/s" if task.speed else "")
-
-
-class Bar:
-    """What is done of how much, its rate and the time left: a bar on a terminal, elsewhere a line now and then."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
-        )  # fmt: skip
-        self.task = self.progress.add_task("quantizing", total=None)
-        self._done, self._total, self._said = 0, 0, time.perf_counter()
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        if done <= self._done or total != self._total:  # another part of the work
-            self.progress.reset(self.task, total=total)
-        self._done, self._total = done, total
-        self.progress.update(self.task, completed=done, description=what)
-        if not self.console.is_terminal and time.perf_counter() - self._said > PLAIN_SECONDS:
-            self._said = time.perf_counter()
-            task = self.progress.tasks[0]
-            rate = (task.elapsed or 0) / done
-            text = f"{what}: {done}/{total}, {rate:.2g} s each, {rate * (total - done):.0f} s left"
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 def run(config: QuantizeConfig, *, resolved: Resolved[QuantizeConfig], console: Console) -> dict[str, Any]:
     """Returns scheme bits_per_weight bytes dense_bytes largest_error mean_error calibration_tokens fingerprint
     peak_memory_bytes output_dir seconds.
@@ -126,7 +85,7 @@ def run(config: QuantizeConfig, *, resolved: Resolved[QuantizeConfig], console: 
     say = speaker(console)
     if path.is_file():
         say(f"{path.name}: weights that the file holds in blocks are rounded a second time")
-    bar = Bar(console)
+    bar = Bar(console, "quantizing")
     with bar.progress:
         made = _make(config, path, compute, bar, console)
     for notice in made.base.notices:

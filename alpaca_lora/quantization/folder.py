@@ -45,6 +45,12 @@ class Origin:
     version: str = ""
     statistics: dict[str, Any] = field(default_factory=dict)  # figures of the making; not part of the identity
 
+    def why_not(self, base_fingerprint: str) -> str | None:
+        """Why the dense base with this fingerprint is not what the model was made of; None: it is."""
+        if self.adapter_sha256:
+            return "an adapter was folded in"
+        return None if base_fingerprint == self.base_fingerprint else f"{self.base_model} is another model by now"
+
 
 def write_quantized(
     folder: str | PathLike[str], model: CausalLM, plan: Plan, origin: Origin, *, fingerprint: str,

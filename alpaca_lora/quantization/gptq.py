@@ -12,7 +12,7 @@ scales fitted when a group's turn comes; looking for narrower ranges besides gai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -65,6 +65,15 @@ def gptq(weight_OI: torch.Tensor, hessian_II: torch.Tensor, scheme: Int4, *, nam
 
 def _upper_factor(hessian_II: torch.Tensor, name: str) -> torch.Tensor:
     """U with H^-1 = U^T U, of the damped H; more damping where that is not positive definite."""
+    for lower_II in damped_factors(hessian_II):
+        upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
+        if not failed:
+            return upper_II.float()
+    raise too_few_rows(name)
+
+
+def damped_factors(hessian_II: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Lower triangles L, float64, with H + damping = L L^T: the first is the least damped that can be had."""
     diagonal_I = hessian_II.diagonal().double()
     alive_I = diagonal_I > 0
     # inputs that were always zero on the rows get a diagonal too: nothing is made up for by them, and they are rounded
@@ -75,9 +84,11 @@ def _upper_factor(hessian_II: torch.Tensor, name: str) -> torch.Tensor:
         damped_II.diagonal().add_(DAMPING * factor * mean)
         lower_II, failed = torch.linalg.cholesky_ex(damped_II)
         if not failed:
-            upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
-            if not failed:
-                return upper_II.float()
-    raise NumericalError(
+            yield lower_II
+
+
+def too_few_rows(name: str) -> NumericalError:
+    """For a linear whose inputs on the rows do not span enough, however much they are damped."""
+    return NumericalError(
         "the calibration rows say too little of its inputs", field=name, fix="raise calibration_tokens"
     )

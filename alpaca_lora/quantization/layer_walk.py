@@ -28,12 +28,10 @@ Rows = Sequence[torch.Tensor]  # int64 token ids (T,) each
 Inputs = list[torch.Tensor]  # what a linear sees, (T, in) of each stream
 
 
-def check_rows(rows: Rows) -> None:
-    """ConfigError when there are no rows or too few tokens in them."""
+def check_rows(rows: Rows, field: str = "calibration_data") -> None:
+    """ConfigError naming ``field`` when there are no rows or too few tokens in them."""
     if (count := sum(map(len, rows))) < LEAST_TOKENS:
-        raise ConfigError(
-            f"{count} tokens to calibrate on", field="calibration_data", expected=f"at least {LEAST_TOKENS} tokens"
-        )
+        raise ConfigError(f"{count} tokens to calibrate on", field=field, expected=f"at least {LEAST_TOKENS} tokens")
 
 
 class Stream:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +15,13 @@ from alpaca_lora.errors import ConfigError
 from alpaca_lora.kernels.cpu.library import library
 from alpaca_lora.models.decoder import CausalLM
 from alpaca_lora.models.linear import Linear
-from alpaca_lora.models.load import Base, Source
+from alpaca_lora.models.load import Base, Source, open_source
 from alpaca_lora.models.load import load_base as load_dense
 from alpaca_lora.quantization.calibrate import made_on_rows
-from alpaca_lora.quantization.folder import Origin, check_stored, is_quantized, read_plan
+from alpaca_lora.quantization.folder import Origin, check_stored, is_quantized, read_origin, read_plan
 from alpaca_lora.quantization.linear import OnRead, QuantizedLinear
 from alpaca_lora.quantization.plan import Plan, linear_shapes
+from alpaca_lora.weights.hub import resolve
 
 
 def load_base(
@@ -100,6 +102,21 @@ def replace_module(model: CausalLM, name: str, module: torch.nn.Module) -> None:
     """Put ``module`` where ``name`` is."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+@contextmanager
+def dense_source(base: Base, field: str) -> Iterator[Source]:
+    """The weight file that the packed linears of ``base`` were made of. ConfigError naming ``field`` when what is
+    there by now is another one; errors as `weights.hub.resolve` when nothing is.
+    """
+    origin = read_origin(base.path) if is_quantized(base.path) else None
+    source = open_source(base.path if origin is None else resolve(origin.base_model))
+    try:
+        if origin is not None and (what := origin.why_not(source.fingerprint)):
+            raise ConfigError(f"needs the dense weights that {base.path} was made of: {what}", field=field)
+        yield source
+    finally:
+        source.close()
 
 
 def by_rows(int4_method: str, plan: Plan) -> bool:
