@@ -43,10 +43,11 @@ OURS: dict[str, list[str] | None] = {
     "fp4": ["--scheme", "fp4"],
     # groups of 128 where that divides the inputs (1536), of 64 where not (576)
     "int4": ["--scheme", "int4"],
-    "int4 gptq": ["--scheme", "int4", "--int4_method", "gptq", *CALIBRATION],
-    "int4 awq": ["--scheme", "int4", "--int4_method", "awq", *CALIBRATION],
+    "nf4 gptq": ["--scheme", "nf4", "--rounding", "gptq", *CALIBRATION],
+    "int4 gptq": ["--scheme", "int4", "--rounding", "gptq", *CALIBRATION],
+    "int4 awq": ["--scheme", "int4", "--rounding", "awq", *CALIBRATION],
     "mixed 4.5": ["--scheme", "mixed", "--bits", "4.5", *CALIBRATION],
-    "mixed 4.5 gptq": ["--scheme", "mixed", "--bits", "4.5", "--int4_method", "gptq", *CALIBRATION],
+    "mixed 4.5 gptq": ["--scheme", "mixed", "--bits", "4.5", "--rounding", "gptq", *CALIBRATION],
 }
 PEERS = ("transformers bfloat16", "bitsandbytes nf4", "bitsandbytes int8", "torchao int8", "torchao int4")
 COLUMNS = ("perplexity", "weight_bytes", "load_seconds", "prefill", "decode", "peak_memory_bytes")

@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/bench_quantized_training.py [--runs lora "qlora nf4" ...] [--rates 1e-3] [--steps 48]
 
-The same rows of Alpaca, steps and batches for all, peft's too. `lora` and the `qat` runs are folded and quantized in the
-end, each by the targets that concern it, and the validation loss is that of the quantized model. Runs that
+The same rows of Alpaca, steps and batches for all, peft's too. `lora` and the `qat` runs are folded and quantized in
+the end, each by the targets that concern it, and the validation loss is that of the quantized model. Runs that
 benchmarks/results/quantized_training.jsonl holds already (same settings) are not made again. Prints a Markdown table;
 the last line is JSON.
 """
@@ -54,7 +54,8 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 START = ["--init_lora_weights", "rounding_error"]
 WIDE = ["--lora_r", "64", "--lora_alpha", "128"]
-MIXED = ["--scheme", "mixed", "--bits", "4.5", "--int4_method", "gptq"]
+NF4_GPTQ = ["--scheme", "nf4", "--rounding", "gptq"]
+MIXED = ["--scheme", "mixed", "--bits", "4.5", "--rounding", "gptq"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ RUNS: dict[str, Run] = {
     "qlora nf4": Run(["--quantize", "nf4"]),
     "qlora int4": Run(["--quantize", "int4"]),
     "qlora nf4, from the rounding error": Run(["--quantize", "nf4", *START]),
+    "qlora nf4 gptq": Run(made=NF4_GPTQ),
+    "qlora nf4 gptq, from the rounding error": Run(START, made=NF4_GPTQ),
     "qlora mixed gptq": Run(made=MIXED),
     "qlora mixed gptq, from the rounding error": Run(START, made=MIXED),
     "peft lora": Run(peer="dense"),

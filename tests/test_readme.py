@@ -212,7 +212,7 @@ def test_tables_are_complete() -> None:
     for alias, model in ALIASES.items():
         assert f"| `{alias}` |" in models and f"| {model.num_bytes / 1e6:.0f} MB |" in models
     quantization = listed(page("docs/quantization.md"))
-    assert quantization == {*SCHEMES, *get_args(QuantizeOptions.model_fields["int4_method"].annotation)}
+    assert quantization == {*SCHEMES, *get_args(QuantizeOptions.model_fields["rounding"].annotation)}
     told = page("docs/quantization.md") + page("docs/adapters.md")
     shards = {"max_shard_gb"}  # as of merge
     assert [key for key in QuantizeOptions.model_fields if f"{key}" not in told and key not in shards] == []

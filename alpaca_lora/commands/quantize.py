@@ -144,7 +144,7 @@ def _rows(config: QuantizeConfig, tokenizer: Tokenizer) -> list[torch.Tensor]:
 
 def _origin(config: QuantizeConfig, base_fingerprint: str, rows: list[torch.Tensor], adapter: str = "") -> Origin:
     return Origin(
-        config.base_model, base_fingerprint, int4_method=config.int4_method if rows else "round",
+        config.base_model, base_fingerprint, rounding=config.rounding if rows else "nearest",
         calibration_sha256=rows_sha256(rows) if rows else "", calibration_tokens=sum(map(len, rows)),
         adapter_sha256=adapter, version=__version__,
     )  # fmt: skip
@@ -180,7 +180,7 @@ def _refuse_missing_rows(plan: Plan) -> None:
 def _over_rows(config: QuantizeConfig, path: Path, compute: Compute, bar: Bar, console: Console) -> Made:
     """Layer by layer: one dense layer at a time."""
     rows: list[torch.Tensor] = []
-    how: dict[str, Any] = {"int4_method": config.int4_method, "on_progress": bar}
+    how: dict[str, Any] = {"rounding": config.rounding, "on_progress": bar}
 
     def rows_of(tokenizer: Tokenizer) -> list[torch.Tensor]:
         rows.extend(_rows(config, tokenizer))
@@ -203,7 +203,7 @@ def _made(
     adapter: _Adapter | None = None,
 ) -> Made:  # fmt: skip
     """What came out of a dense base that may have been run on ``rows``."""
-    errors_of = "output" if by_rows(config.int4_method, plan) else "weight"
+    errors_of = "output" if by_rows(config.rounding, plan) else "weight"
     origin = _origin(config, base.fingerprint, rows, adapter.digest if adapter else "")
     return Made(base, plan, origin, errors, errors_of, adapter.record if adapter else None)
 
@@ -219,10 +219,10 @@ def _with_adapter(config: QuantizeConfig, folder: str, compute: Compute, bar: Ba
     if plan is not None and not rows:
         _refuse_missing_rows(plan)
     adapter.put_on(base, plan, speaker(console))
-    if plan is not None and not by_rows(config.int4_method, plan) and adapter.lies_in(plan):
+    if plan is not None and not by_rows(config.rounding, plan) and adapter.lies_in(plan):
         return _made(config, base, plan, [], fold(base.model, plan, on_progress=bar), adapter)
     adapter.merge(base)
-    how: dict[str, Any] = {"int4_method": config.int4_method, "on_progress": bar}
+    how: dict[str, Any] = {"rounding": config.rounding, "on_progress": bar}
     if plan is None:
         budget: dict[str, Any] = dataclasses.asdict(_budget(config))
         plan, table = mixed_plan(base, rows, **budget, **how)

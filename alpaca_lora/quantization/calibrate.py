@@ -26,7 +26,7 @@ from alpaca_lora.quantization.plan import Plan
 from alpaca_lora.quantization.scheme import Scheme
 from alpaca_lora.text.tokenizer import Tokenizer
 
-METHODS = ("round", "gptq", "awq")  # ways to choose int4 codes
+ROUNDINGS = ("nearest", "gptq", "awq")  # ways to choose codes, where a scheme has a choice
 
 OnProgress = Callable[[int, int, str], None]  # done, in all, what; an exception that it raises ends the work
 Errors = dict[str, float]  # linear -> relative error
@@ -34,19 +34,19 @@ Result = TypeVar("Result")
 
 
 def quantize_model(
-    base: Base, plan: Plan, rows: Rows, *, int4_method: str = "round", on_progress: OnProgress | None = None
+    base: Base, plan: Plan, rows: Rows, *, rounding: str = "nearest", on_progress: OnProgress | None = None
 ) -> tuple[Plan, Errors]:
     """Quantize the linears of a base that is loaded dense, in place -> (the plan as it was carried out, linear ->
     relative error of its weight; of its output on the rows, where a linear of the plan is made on rows).
 
     ConfigError when the plan needs rows and there are fewer than 128 tokens of them.
     """
-    return quantize_layers(LayerWalk(base.model), plan, rows, int4_method=int4_method, on_progress=on_progress)
+    return quantize_layers(LayerWalk(base.model), plan, rows, rounding=rounding, on_progress=on_progress)
 
 
 def quantize_source(
     path: Path, compute: Compute, plan_of: Callable[[CausalLM], Plan], rows_of: Callable[[Tokenizer], Rows], *,
-    int4_method: str = "round", on_progress: OnProgress | None = None,
+    rounding: str = "nearest", on_progress: OnProgress | None = None,
 ) -> tuple[Base, Plan, Errors]:  # fmt: skip
     """As `quantize_model`, of a file: each layer is read when its turn comes, so the dense model never exists. The base
     that is returned has the dense file's fingerprint.
@@ -54,7 +54,7 @@ def quantize_source(
 
     def work(walk: LayerWalk, tokenizer: Tokenizer) -> tuple[Plan, Errors]:
         plan = plan_of(walk.model)
-        return quantize_layers(walk, plan, rows_of(tokenizer), int4_method=int4_method, on_progress=on_progress)
+        return quantize_layers(walk, plan, rows_of(tokenizer), rounding=rounding, on_progress=on_progress)
 
     base, (plan, errors) = walk_source(path, compute, work)
     return base, plan, errors
@@ -72,32 +72,37 @@ def walk_source(path: Path, compute: Compute, work: Callable[[LayerWalk, Tokeniz
     return load_base(str(path), compute, fill=fill), results[0]
 
 
-def made_on_rows(scheme: Scheme, int4_method: str) -> bool:
+def made_on_rows(scheme: Scheme, rounding: str) -> bool:
     """Whether a linear of this scheme is made from what it sees."""
-    return scheme.needs_calibration or (isinstance(scheme, Int4) and int4_method != "round")
+    return scheme.needs_calibration or compensates(scheme, rounding)
+
+
+def compensates(scheme: Scheme, rounding: str) -> bool:
+    """Whether the codes of this scheme are chosen by what they change of outputs; others keep to the nearest."""
+    return rounding != "nearest" and rounding in scheme.roundings
 
 
 def quantize_layers(
-    walk: LayerWalk, plan: Plan, rows: Rows, *, int4_method: str = "round", on_progress: OnProgress | None = None
+    walk: LayerWalk, plan: Plan, rows: Rows, *, rounding: str = "nearest", on_progress: OnProgress | None = None
 ) -> tuple[Plan, Errors]:
     """As `quantize_model`, layer by layer; every layer is filled afterwards."""
     streams: list[Stream] = []
-    if any(made_on_rows(scheme, int4_method) for scheme in plan.schemes.values()):
+    if any(made_on_rows(scheme, rounding) for scheme in plan.schemes.values()):
         check_rows(rows)
         streams = walk.streams(rows)
-    return pass_quantizing(walk, plan, streams, int4_method=int4_method, on_progress=on_progress)
+    return pass_quantizing(walk, plan, streams, rounding=rounding, on_progress=on_progress)
 
 
 @torch.no_grad()
 def pass_quantizing(
-    walk: LayerWalk, plan: Plan, streams: Sequence[Stream], *, int4_method: str = "round",
+    walk: LayerWalk, plan: Plan, streams: Sequence[Stream], *, rounding: str = "nearest",
     on_progress: OnProgress | None = None,
 ) -> tuple[Plan, Errors]:  # fmt: skip
     """Quantize the linears of each layer, then put the streams through it. Without streams linears are made of their
     weights alone.
     """
-    assert int4_method in METHODS, int4_method
-    work = _Work(walk, dict(plan.schemes), int4_method)
+    assert rounding in ROUNDINGS, rounding
+    work = _Work(walk, dict(plan.schemes), rounding)
     for index in range(len(walk)):
         started = time.perf_counter()
         walk.fill(index)
@@ -113,13 +118,14 @@ def pass_quantizing(
 
 
 def quantized_parts(
-    scheme: Scheme, weight_OI: torch.Tensor, inputs: Inputs, int4_method: str, hessian_II: torch.Tensor | None, *,
+    scheme: Scheme, weight_OI: torch.Tensor, inputs: Inputs, rounding: str, hessian_II: torch.Tensor | None, *,
     name: str,
 ) -> tuple[Scheme, dict[str, torch.Tensor]]:  # fmt: skip
     """(the scheme as it was carried out, parts) of a linear. ``hessian_II``: of the inputs, where they are needed."""
-    if hessian_II is not None and isinstance(scheme, Int4):
-        if int4_method == "gptq":
+    if hessian_II is not None and compensates(scheme, rounding):
+        if rounding == "gptq":
             return scheme, gptq(weight_OI, hessian_II, scheme, name=name)
+        assert isinstance(scheme, Int4)
         return awq(weight_OI, hessian_II, mean_magnitude(inputs), scheme, name=name)
     if scheme.needs_calibration:
         return scheme, scheme.quantize_calibrated(weight_OI, inputs, name=name)
@@ -129,8 +135,8 @@ def quantized_parts(
 class _Work:
     """Makes linears. schemes: as they were carried out (AWQ adds input scales). errors: linear -> relative error."""
 
-    def __init__(self, walk: LayerWalk, schemes: dict[str, Scheme], int4_method: str) -> None:
-        self.walk, self.schemes, self.int4_method = walk, schemes, int4_method
+    def __init__(self, walk: LayerWalk, schemes: dict[str, Scheme], rounding: str) -> None:
+        self.walk, self.schemes, self.rounding = walk, schemes, rounding
         self.errors: Errors = {}
         self.rounding_errors: Errors = {}  # of the linears that are made by gptq or awq, if they were rounded
 
@@ -140,12 +146,12 @@ class _Work:
         hessian_II: torch.Tensor | None = None
         for name in names:
             scheme, weight_OI, inputs = self.schemes[name], self.walk.weight(name), seen.get(name, [])
-            compensated = isinstance(scheme, Int4) and self.int4_method != "round"
+            compensated = compensates(scheme, self.rounding)
             if not compensated:
                 last, hessian_II = [], None
             elif not (last and all(a is b for a, b in zip(last, inputs, strict=True))):
                 last, hessian_II = inputs, hessian(inputs)
-            made, parts = quantized_parts(scheme, weight_OI, inputs, self.int4_method, hessian_II, name=name)
+            made, parts = quantized_parts(scheme, weight_OI, inputs, self.rounding, hessian_II, name=name)
             packed = self._packed(name, made, parts)
             if compensated:
                 rounded = self._packed(name, scheme, scheme.quantize(weight_OI, name=name))

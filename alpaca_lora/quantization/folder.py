@@ -32,13 +32,13 @@ FORMAT_VERSION = 1
 class Origin:
     """What a quantized model was made of, and how; part of its fingerprint.
 
-    base_fingerprint: of the dense base. int4_method: round, gptq or awq. calibration_sha256: of the token ids that
+    base_fingerprint: of the dense base. rounding: nearest, gptq or awq. calibration_sha256: of the token ids that
     calibrated schemes saw. adapter_sha256: of an adapter that was folded in first.
     """
 
     base_model: str
     base_fingerprint: str
-    int4_method: str = "round"
+    rounding: str = "nearest"
     calibration_sha256: str = ""
     calibration_tokens: int = 0
     adapter_sha256: str = ""

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from alpaca_lora.errors import NumericalError
-from alpaca_lora.kernels.four_bit import BlockScales, decode_four_bit, encode_four_bit, four_bit_linear
+from alpaca_lora.kernels.four_bit import BlockScales, decode_four_bit, encode_four_bit, four_bit_linear, pack_codes
 from alpaca_lora.quantization.dynamic_map import dynamic_map, quantize_on_grid
 from alpaca_lora.quantization.scheme import Part, Parts, Scheme
 
@@ -30,6 +30,7 @@ class FourBit(Scheme):
     block_size: int = 64
     double_quant: bool = True
 
+    roundings: ClassVar[frozenset[str]] = frozenset(("nearest", "gptq"))
     has_kernel_in_c: ClassVar[bool] = True
     values: ClassVar[tuple[float, ...]]  # the sixteen, in the order of their codes
 
@@ -65,6 +66,14 @@ class FourBit(Scheme):
             "codes": codes, "absmax_codes": nested, "absmax_scales": scales, "absmax_offset": offset.reshape(1)
         }  # fmt: skip
 
+    def grid(self, weight_OI: torch.Tensor, *, name: str) -> FourBitGrid:
+        parts = self.quantize(weight_OI, name=name)
+        _, _, scales = self._stored(parts)
+        values_K, codes_K = _table(type(self), weight_OI.device).sort()
+        blocks = -(-weight_OI.numel() // self.block_size)
+        scale_OI = scales.expanded(0, blocks).repeat_interleave(self.block_size)[: weight_OI.numel()].view_as(weight_OI)
+        return FourBitGrid(parts, scale_OI, values_K, codes_K)
+
     def tile(
         self, parts: Parts, shape: tuple[int, int], rows: slice, columns: slice, dtype: torch.dtype
     ) -> torch.Tensor:
@@ -86,6 +95,26 @@ class FourBit(Scheme):
         else:
             scales = BlockScales(parts["absmax"])
         return codes, _table(type(self), codes.device), scales
+
+
+@dataclass(frozen=True)
+class FourBitGrid:
+    """As `scheme.Grid`: the blocks' scales (out, in), and the sixteen values in rising order with their codes."""
+
+    rounded: dict[str, torch.Tensor]  # the parts as rounding to nearest makes them: what is not codes stays
+    scale_OI: torch.Tensor
+    values_K: torch.Tensor
+    codes_K: torch.Tensor
+
+    def choose(self, column_O: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scale_O = self.scale_OI[:, column]
+        borders = (self.values_K[1:] + self.values_K[:-1]) / 2
+        # a block of zeros has no scale; whatever its code is, it decodes to nothing
+        place_O = torch.bucketize(column_O / torch.where(scale_O == 0, 1, scale_O), borders)
+        return self.codes_K[place_O], self.values_K[place_O] * scale_O
+
+    def parts(self, codes_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {**self.rounded, "codes": pack_codes(codes_OI.to(torch.uint8))}
 
 
 @cache

@@ -1,8 +1,9 @@
-"""GPTQ: int4 codes column by column, each column's rounding error made up for by the columns still to come.
+"""GPTQ: four-bit codes column by column, each column's rounding error made up for by the columns still to come.
 
 Frantar et al. 2022, algorithm 1. With H = 2 X^T X over the calibration rows (plus damping) and U the upper Cholesky
 factor of H^-1, column q of W is rounded, its error e = (w_q - Q(w_q)) / U_qq, and every later column j loses e U_qj.
-Columns are taken in blocks, whose effect on the rest is applied at once.
+Columns are taken in blocks, whose effect on the rest is applied at once. What a column may become is the scheme's
+`Grid`: int4's groups, or the sixteen values of NF4 and FP4 times the scale of the block that an element lies in.
 
 The inputs with the largest mean square come first, while there are most columns left to make up for them; a group's
 scale and zero point are those of the weight as it was, so that groups stay together in storage whatever the order.
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from alpaca_lora.errors import NumericalError
-from alpaca_lora.quantization.int4 import Int4
+from alpaca_lora.quantization.scheme import Scheme
 
 DAMPING = 0.01  # of the mean diagonal of H
 BLOCK = 128  # columns
@@ -36,16 +37,16 @@ def hessian(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     return total.mul_(2 / count)
 
 
-def gptq(weight_OI: torch.Tensor, hessian_II: torch.Tensor, scheme: Int4, *, name: str) -> dict[str, torch.Tensor]:
-    """Parts of ``scheme`` for a weight (out, in), given `hessian` of what the linear sees. NumericalError naming the
-    linear when the weight or the inputs are not finite.
+def gptq(weight_OI: torch.Tensor, hessian_II: torch.Tensor, scheme: Scheme, *, name: str) -> dict[str, torch.Tensor]:
+    """Parts of a ``scheme`` that has a grid for a weight (out, in), given `hessian` of what the linear sees.
+    NumericalError naming the linear when the weight or the inputs are not finite.
     """
     weight_OI = weight_OI.float()
     if not (bool(torch.isfinite(weight_OI).all()) and bool(torch.isfinite(hessian_II).all())):
         raise NumericalError("weights or activations that are NaN or infinite", field=name)
-    scale_OG, zero_OG = scheme.group_parameters(weight_OI.unflatten(1, (-1, scheme.group_size)))
+    grid = scheme.grid(weight_OI, name=name)
     order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
-    group_I = order_I // scheme.group_size
+    columns = order_I.tolist()
     weight_OI = weight_OI[:, order_I]  # a copy; from here on columns are in the order of their turn
     upper_II = _upper_factor(hessian_II[order_I][:, order_I], name)
     codes_OI = torch.empty_like(weight_OI)
@@ -53,14 +54,13 @@ def gptq(weight_OI: torch.Tensor, hessian_II: torch.Tensor, scheme: Int4, *, nam
         end = min(start + BLOCK, weight_OI.shape[1])
         errors = torch.empty_like(weight_OI[:, start:end])
         for column in range(start, end):
-            scale_O, zero_O = scale_OG[:, group_I[column]], zero_OG[:, group_I[column]]
             w_O = weight_OI[:, column]
-            codes_OI[:, column] = code_O = scheme.round_to_codes(w_O, scale_O, zero_O)
-            error_O = (w_O - (code_O - zero_O) * scale_O) / upper_II[column, column]
+            codes_OI[:, column], decoded_O = grid.choose(w_O, columns[column])
+            error_O = (w_O - decoded_O) / upper_II[column, column]
             weight_OI[:, column + 1 : end] -= error_O[:, None] * upper_II[column, column + 1 : end]
             errors[:, column - start] = error_O
         weight_OI[:, end:] -= errors @ upper_II[start:end, end:]
-    return scheme.pack(codes_OI[:, order_I.argsort()], scale_OG, zero_OG)
+    return grid.parts(codes_OI[:, order_I.argsort()])
 
 
 def _upper_factor(hessian_II: torch.Tensor, name: str) -> torch.Tensor:

@@ -10,7 +10,8 @@ Scales are rounded to float16 before the codes are chosen, so that the codes are
 With ``input_scales`` the decoded weight is divided by a factor for each input (Lin et al. 2023, AWQ, equation 4:
 Q(W s) s^-1).
 
-Made elsewhere (GPTQ, AWQ): `group_parameters` of each group, `round_to_codes`, then `pack`.
+Made elsewhere: column by column on a `grid` (GPTQ); or `group_parameters` of each group, `round_to_codes`, then `pack`
+(AWQ).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Int4(Scheme):
     """
 
     name: ClassVar[str] = "int4"
+    roundings: ClassVar[frozenset[str]] = frozenset(("nearest", "gptq", "awq"))
     has_kernel_in_c: ClassVar[bool] = True
     group_size: int = 128
     symmetric: bool = False
@@ -81,6 +83,9 @@ class Int4(Scheme):
         if self.input_scales:
             parts["input_scales"] = torch.ones(weight_OI.shape[1], device=weight_OI.device)
         return parts
+
+    def grid(self, weight_OI: torch.Tensor, *, name: str) -> Int4Grid:
+        return Int4Grid(self, *self.group_parameters(weight_OI.float().unflatten(1, (-1, self.group_size))))
 
     def group_parameters(self, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, zero) float32 of weights (..., group): the last axis shares them. The scale is a float16 number other
@@ -141,6 +146,24 @@ class Int4(Scheme):
             codes, _table(self.symmetric).to(codes.device), scales, zeros, (count, shape[1]), self.group_size,
             slice(0, count), columns, dtype, reuse=reuse,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Int4Grid:
+    """As `scheme.Grid`: the scale and zero point of each group."""
+
+    scheme: Int4
+    scale_OG: torch.Tensor
+    zero_OG: torch.Tensor
+
+    def choose(self, column_O: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        group = column // self.scheme.group_size
+        scale_O, zero_O = self.scale_OG[:, group], self.zero_OG[:, group]
+        code_O = self.scheme.round_to_codes(column_O, scale_O, zero_O)
+        return code_O, (code_O - zero_O) * scale_O
+
+    def parts(self, codes_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.scheme.pack(codes_OI, self.scale_OG, self.zero_OG)
 
 
 def _stored(scale: torch.Tensor) -> torch.Tensor:

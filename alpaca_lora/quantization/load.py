@@ -119,13 +119,13 @@ def dense_source(base: Base, field: str) -> Iterator[Source]:
         source.close()
 
 
-def by_rows(int4_method: str, plan: Plan) -> bool:
+def by_rows(rounding: str, plan: Plan) -> bool:
     """Whether the weights that a plan makes depend on calibration rows."""
-    return any(made_on_rows(scheme, int4_method) for scheme in plan.schemes.values())
+    return any(made_on_rows(scheme, rounding) for scheme in plan.schemes.values())
 
 
 def packed_fingerprint(origin: Origin, plan: Plan) -> str:
     """The fingerprint of the base that a plan makes of a dense base; the same wherever and whenever it is made."""
-    rows = origin.calibration_sha256 if by_rows(origin.int4_method, plan) else ""
-    identity = [origin.base_fingerprint, plan.digest(), origin.int4_method, rows, origin.adapter_sha256]
+    rows = origin.calibration_sha256 if by_rows(origin.rounding, plan) else ""
+    identity = [origin.base_fingerprint, plan.digest(), origin.rounding, rows, origin.adapter_sha256]
     return hashlib.sha256("\n".join(identity).encode()).hexdigest()

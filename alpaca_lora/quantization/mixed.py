@@ -78,20 +78,20 @@ class Choices:
 
 
 def mixed_plan(
-    base: Base, rows: Rows, *, bits: float | None, max_perplexity_increase: float | None, int4_method: str = "round",
+    base: Base, rows: Rows, *, bits: float | None, max_perplexity_increase: float | None, rounding: str = "nearest",
     on_progress: OnProgress | None = None,
 ) -> tuple[Plan, Table]:  # fmt: skip
-    """The plan within the budget (see `Budget`) for a dense base, and what it rests on as a table. ``int4_method``: how
-    int4 will be made.
+    """The plan within the budget (see `Budget`) for a dense base, and what it rests on as a table. ``rounding``: how
+    codes will be chosen.
 
     ConfigError when rows are missing or the budget cannot be met.
     """
     budget = Budget(bits, max_perplexity_increase)
-    return find_plan(LayerWalk(base.model), rows, budget, int4_method=int4_method, on_progress=on_progress)
+    return find_plan(LayerWalk(base.model), rows, budget, rounding=rounding, on_progress=on_progress)
 
 
 def quantize_source_mixed(
-    path: Path, compute: Compute, budget: Budget, rows_of: Callable[[Tokenizer], Rows], *, int4_method: str = "round",
+    path: Path, compute: Compute, budget: Budget, rows_of: Callable[[Tokenizer], Rows], *, rounding: str = "nearest",
     on_progress: OnProgress | None = None,
 ) -> tuple[Base, Plan, Errors, Table]:  # fmt: skip
     """`mixed_plan` and `calibrate.quantize_source` in one, of a file: the dense model never exists. The base that is
@@ -100,23 +100,23 @@ def quantize_source_mixed(
 
     def work(walk: LayerWalk, tokenizer: Tokenizer) -> tuple[Plan, Errors, Table]:
         rows = rows_of(tokenizer)
-        plan, table = find_plan(walk, rows, budget, int4_method=int4_method, on_progress=on_progress)
-        return *quantize_layers(walk, plan, rows, int4_method=int4_method, on_progress=on_progress), table
+        plan, table = find_plan(walk, rows, budget, rounding=rounding, on_progress=on_progress)
+        return *quantize_layers(walk, plan, rows, rounding=rounding, on_progress=on_progress), table
 
     base, (plan, errors, table) = walk_source(path, compute, work)
     return base, plan, errors, table
 
 
 def find_plan(
-    walk: LayerWalk, rows: Rows, budget: Budget, *, int4_method: str = "round", on_progress: OnProgress | None = None
+    walk: LayerWalk, rows: Rows, budget: Budget, *, rounding: str = "nearest", on_progress: OnProgress | None = None
 ) -> tuple[Plan, Table]:
     """As `mixed_plan`, of a model that is gone through layer by layer; its linears are dense afterwards as before."""
     check_rows(rows)
     rows = [row for row in rows if len(row) > 1]
-    choices = measure_choices(walk, rows, int4_method=int4_method, on_progress=on_progress)
+    choices = measure_choices(walk, rows, rounding=rounding, on_progress=on_progress)
 
     def loss_of(plan: Plan) -> float:
-        return loss_with(walk, plan, rows, int4_method)
+        return loss_with(walk, plan, rows, rounding)
 
     if budget.bits is not None:
         plan = best_plan(choices, budget.bits)
@@ -128,18 +128,18 @@ def find_plan(
 
 
 def measure_choices(
-    walk: LayerWalk, rows: Rows, *, int4_method: str = "round", on_progress: OnProgress | None = None
+    walk: LayerWalk, rows: Rows, *, rounding: str = "nearest", on_progress: OnProgress | None = None
 ) -> Choices:
     """Candidates, bits and growth of every linear but the heads."""
     shapes = {n: shape for n, shape in linear_shapes(walk.model).items() if n.rpartition(".")[2] not in HEADS}
     schemes = {name: [_fitted(*one, shape) for one in CANDIDATES] for name, shape in shapes.items()}
     made = {name: [scheme for scheme in own if scheme is not None] for name, own in schemes.items()}
-    growth, loss = measure_sensitivity(walk, made, rows, int4_method=int4_method, on_progress=on_progress)
+    growth, loss = measure_sensitivity(walk, made, rows, rounding=rounding, on_progress=on_progress)
     of_scheme = {name: dict(zip(made[name], own, strict=True)) for name, own in growth.items()}
     schemes = {name: [*own, None] for name, own in schemes.items()}
     return Choices(
         schemes,
-        {name: [_stored_bits(one, shapes[name], int4_method) for one in own] for name, own in schemes.items()},
+        {name: [_stored_bits(one, shapes[name], rounding) for one in own] for name, own in schemes.items()},
         {name: [0.0 if one is None else of_scheme[name][one] for one in own] for name, own in schemes.items()},
         shapes, loss,
     )  # fmt: skip
@@ -158,10 +158,10 @@ def _fitted(kind: str, settings: Mapping[str, Any], shape: Shape) -> Scheme | No
             scheme = dataclasses.replace(scheme, group_size=scheme.group_size // 2)
 
 
-def _stored_bits(scheme: Scheme | None, shape: Shape, int4_method: str) -> float:
+def _stored_bits(scheme: Scheme | None, shape: Shape, rounding: str) -> float:
     if scheme is None:
         return float(DENSE_BITS * math.prod(shape))
-    if int4_method == "awq" and isinstance(scheme, Int4):
+    if rounding == "awq" and isinstance(scheme, Int4):
         scheme = dataclasses.replace(scheme, input_scales=True)
     return scheme.bits_per_weight(*shape) * math.prod(shape)
 
@@ -250,14 +250,14 @@ def smallest_plan(
 
 
 @torch.no_grad()
-def loss_with(walk: LayerWalk, plan: Plan, rows: Rows, int4_method: str = "round") -> float:
+def loss_with(walk: LayerWalk, plan: Plan, rows: Rows, rounding: str = "nearest") -> float:
     """Mean of -log p (nats) over the rows' tokens but each row's first, of the model as the plan makes it; the model is
     as it was afterwards.
     """
     dense = {name: walk.model.get_submodule(name) for name in plan.schemes}
     streams = walk.streams(rows)
     try:
-        pass_quantizing(walk, plan, streams, int4_method=int4_method)
+        pass_quantizing(walk, plan, streams, rounding=rounding)
         total = sum(float(walk.loss(stream, stream.x_TD)) for stream in streams)
     finally:
         for name, linear in dense.items():

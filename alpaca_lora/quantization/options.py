@@ -16,6 +16,11 @@ from alpaca_lora.errors import ConfigError
 OnLoad = Literal["nf4", "fp4", "fp8", "int8", "int4", "int8_dynamic"]
 SchemeName = Literal["nf4", "fp4", "fp8", "int8", "int4", "int8_dynamic", "int8_static", "mixed"]
 FOUR_BIT = frozenset(("nf4", "fp4"))
+# scheme -> how its codes can be chosen, where there is a choice; `Scheme.roundings` of the scheme itself
+ROUNDINGS: Mapping[str, tuple[str, ...]] = {
+    "int4": ("nearest", "gptq", "awq"), "mixed": ("nearest", "gptq", "awq"), "nf4": ("nearest", "gptq"),
+    "fp4": ("nearest", "gptq"),
+}  # fmt: skip
 # setting of a scheme -> the schemes that have it
 READ_BY: Mapping[str, frozenset[str]] = {
     "block_size": FOUR_BIT, "double_quant": FOUR_BIT, "group_size": frozenset(("int4",)),
@@ -99,8 +104,10 @@ class QuantizeOptions(SchemeOptions):
         None, description="int8_static: how the range of the activations is found on the calibration rows (mse)"
     )
     percentile: float | None = Field(None, gt=50, le=100, description="int8_static with observer percentile (99.9)")
-    int4_method: Literal["round", "gptq", "awq"] = Field(
-        "round", description="int4: round to nearest; or with calibration rows gptq or awq, which make up for errors"
+    rounding: Literal["nearest", "gptq", "awq"] = Field(
+        "nearest",
+        description="how codes are chosen: the nearest, or on calibration rows so that they make up for each "
+        "other's errors: gptq (int4, nf4, fp4), awq (int4)",
     )
     calibration_data: str | None = Field(
         None, min_length=1, description="rows that the model is run on: a text file, or any data file"
@@ -130,13 +137,13 @@ class QuantizeOptions(SchemeOptions):
     @property
     def needs_calibration(self) -> bool:
         """Whether the model has to be run on sample rows, by the scheme's name alone."""
-        return self.scheme in ("int8_static", "mixed") or self.int4_method != "round"
+        return self.scheme in ("int8_static", "mixed") or self.rounding != "nearest"
 
     def unused(self) -> dict[str, str]:
         name = self.scheme if self.scheme is not None else "plan"
         why = self.not_of(name)
-        if self.scheme not in ("int4", "mixed", None):
-            why["int4_method"] = f"scheme {name} does not read it"
+        if self.scheme is not None and self.rounding not in ROUNDINGS.get(self.scheme, ()):
+            why["rounding"] = f"scheme {name} is made otherwise"
         if self.scheme != "mixed":
             why |= dict.fromkeys(("bits", "max_perplexity_increase"), f"scheme {name} does not read it")
         if not self.needs_calibration and self.plan is None:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 
@@ -46,6 +46,18 @@ class Part(NamedTuple):
         return size
 
 
+class Grid(Protocol):
+    """What each element of one weight (out, in) may become: the scales are fixed, the codes not chosen yet."""
+
+    def choose(self, column_O: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(nearest codes, what they decode to), (out,) each, of a float32 column that may have changed since."""
+        ...
+
+    def parts(self, codes_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parts of codes (out, in) that `choose` gave."""
+        ...
+
+
 @dataclass(frozen=True)
 class Scheme(ABC):
     """A way to store a weight matrix W (out, in) in fewer bits; the fields of a subclass are its settings.
@@ -57,6 +69,8 @@ class Scheme(ABC):
     name: ClassVar[str]
     # whether it can only be made from sample rows (quantization/calibrate.py)
     needs_calibration: ClassVar[bool] = False
+    # how its codes may be chosen (quantization/calibrate.py); gptq needs a `grid`
+    roundings: ClassVar[frozenset[str]] = frozenset(("nearest",))
     has_kernel_in_c: ClassVar[bool] = False  # kernels/cpu
 
     @abstractmethod
@@ -72,6 +86,10 @@ class Scheme(ABC):
     ) -> dict[str, torch.Tensor]:
         """As `quantize`, for schemes that look at ``inputs``: what the linear saw on sample rows, chunks (T, in)."""
         return self.quantize(weight_OI, name=name)
+
+    def grid(self, weight_OI: torch.Tensor, *, name: str) -> Grid:
+        """What a finite weight's elements may become, for whoever chooses the codes column by column."""
+        raise NotImplementedError(f"{self.name} is not made column by column")
 
     @abstractmethod
     def tile(

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-from alpaca_lora.quantization.calibrate import OnProgress, quantized_parts
+from alpaca_lora.quantization.calibrate import OnProgress, compensates, quantized_parts
 from alpaca_lora.quantization.gptq import hessian
-from alpaca_lora.quantization.int4 import Int4
 from alpaca_lora.quantization.layer_walk import LayerWalk, Rows, Stream, check_rows
 from alpaca_lora.quantization.scheme import Scheme
 
@@ -33,11 +32,11 @@ Growth = dict[str, list[float]]  # linear -> growth of the loss for each of its 
 
 
 def measure_sensitivity(
-    walk: LayerWalk, candidates: Mapping[str, Sequence[Scheme]], rows: Rows, *, int4_method: str = "round",
+    walk: LayerWalk, candidates: Mapping[str, Sequence[Scheme]], rows: Rows, *, rounding: str = "nearest",
     on_progress: OnProgress | None = None,
 ) -> tuple[Growth, float]:  # fmt: skip
     """(growth of each linear for each of its candidate schemes, the dense model's loss on the rows in nats per token).
-    The linears are dense and lie in layers; nothing of the model changes. ``int4_method``: how int4 will be made.
+    The linears are dense and lie in layers; nothing of the model changes. ``rounding``: how codes will be chosen.
     ConfigError for too few rows.
     """
     rows = [row for row in rows if len(row) > 1]
@@ -59,7 +58,7 @@ def measure_sensitivity(
         names = walk.inside(index, list(candidates))
         seen = _backward(walk, index, names, streams, starts.pop(), gradients)
         for name in names:
-            totals = _growth(walk, name, candidates[name], streams, seen[name], int4_method)
+            totals = _growth(walk, name, candidates[name], streams, seen[name], rounding)
             growth[name] = [total / count for total in totals]
         walk.empty(index)
         say(2 * len(walk) - index, steps, f"sensitivity: layer {index + 1} backward")
@@ -112,16 +111,16 @@ def _backward(
 @torch.no_grad()
 def _growth(
     walk: LayerWalk, name: str, schemes: Sequence[Scheme], streams: Sequence[Stream],
-    seen: Sequence[tuple[torch.Tensor, torch.Tensor]], int4_method: str,
+    seen: Sequence[tuple[torch.Tensor, torch.Tensor]], rounding: str,
 ) -> list[float]:  # fmt: skip
     """1/2 sum_rows (sum_t g_t . dW x_t)^2 of each scheme: by the product of dW with a row's gradient of the weight."""
     weight_OI, inputs = walk.weight(name), [x_TI for x_TI, _ in seen]
     num_out, num_in = weight_OI.shape
-    compensated = int4_method != "round" and any(isinstance(scheme, Int4) for scheme in schemes)
+    compensated = any(compensates(scheme, rounding) for scheme in schemes)
     hessian_II = hessian(inputs) if compensated else None
     changes = torch.empty(len(schemes), num_out * num_in, device=weight_OI.device)
     for place, scheme in enumerate(schemes):
-        made, parts = quantized_parts(scheme, weight_OI, inputs, int4_method, hessian_II, name=name)
+        made, parts = quantized_parts(scheme, weight_OI, inputs, rounding, hessian_II, name=name)
         decoded_OI = made.tile(parts, (num_out, num_in), slice(0, num_out), slice(0, num_in), torch.float32)
         torch.sub(decoded_OI, weight_OI, out=changes[place].view(num_out, num_in))
     totals = torch.zeros(len(schemes), device=weight_OI.device)

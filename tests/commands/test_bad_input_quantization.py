@@ -55,7 +55,7 @@ def test_options_that_do_not_go_together(program: Program, asked: dict[str, Any]
 
 
 NEED_ROWS: list[dict[str, Any]] = [
-    {"scheme": "int8_static"}, {"scheme": "int4", "int4_method": "gptq"}, {"scheme": "mixed", "bits": 5}
+    {"scheme": "int8_static"}, {"scheme": "int4", "rounding": "gptq"}, {"scheme": "mixed", "bits": 5}
 ]  # fmt: skip
 
 

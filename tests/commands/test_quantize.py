@@ -88,8 +88,9 @@ def test_what_stands_in_the_folder(program: Program) -> None:
     ("asked", "scheme"),
     [
         ({"scheme": "int8_static"}, "int8_static"), ({"scheme": "int8_static", "observer": "minmax"}, "int8_static"),
-        ({"scheme": "int4", "int4_method": "gptq", "group_size": 16}, "int4"),
-        ({"scheme": "int4", "int4_method": "awq", "group_size": 16}, "int4"),
+        ({"scheme": "int4", "rounding": "gptq", "group_size": 16}, "int4"),
+        ({"scheme": "int4", "rounding": "awq", "group_size": 16}, "int4"),
+        ({"scheme": "nf4", "rounding": "gptq"}, "nf4"),
     ],
 )  # fmt: skip
 def test_over_rows(program: Program, text: Path, asked: dict[str, Any], scheme: str) -> None:
@@ -106,7 +107,7 @@ def test_over_rows(program: Program, text: Path, asked: dict[str, Any], scheme: 
     assert {linear.scheme.name for _, linear in packed_linears(base.model)} == {scheme}  # pyright: ignore
     assert "of the output's norm" in made[0].err
     content = json.loads((program.folder / "a" / "quantization.json").read_text())
-    assert len(content["calibration_sha256"]) == 64 and content["int4_method"] == asked.get("int4_method", "round")
+    assert len(content["calibration_sha256"]) == 64 and content["rounding"] == asked.get("rounding", "nearest")
 
 
 def test_mixed_within_a_budget_of_bits(program: Program, text: Path) -> None:

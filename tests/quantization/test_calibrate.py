@@ -22,7 +22,8 @@ from alpaca_lora.quantization.plan import Plan
 from alpaca_lora.weights.huggingface import HuggingFaceFolder
 from tests.quantization.calibration_models import ARCHITECTURES, FLOAT32, load, rows, save
 
-WAYS = [("int4", "round"), ("int4", "gptq"), ("int4", "awq"), ("int8_static", "round"), ("nf4", "gptq")]
+WAYS = [("int4", "nearest"), ("int4", "gptq"), ("int4", "awq"), ("int8_static", "nearest"), ("nf4", "gptq")]
+BY_WEIGHTS = [("int4", "nearest"), ("nf4", "awq"), ("int8", "gptq")]  # no linear of these is made on rows
 
 
 def uniform(scheme: str, model: CausalLM) -> Plan:
@@ -31,7 +32,7 @@ def uniform(scheme: str, model: CausalLM) -> Plan:
 
 def from_file(folder: Path, scheme: str, method: str, **arguments: Any) -> tuple[Base, Plan, dict[str, float]]:
     return quantize_source(
-        folder, FLOAT32, lambda model: uniform(scheme, model), lambda _: rows(), int4_method=method, **arguments
+        folder, FLOAT32, lambda model: uniform(scheme, model), lambda _: rows(), rounding=method, **arguments
     )
 
 
@@ -40,7 +41,7 @@ def from_file(folder: Path, scheme: str, method: str, **arguments: Any) -> tuple
 def test_a_file_gives_what_the_loaded_model_gives(name: str, way: tuple[str, str], tmp_path: Path) -> None:
     folder = save(name, tmp_path / "base")
     loaded = load(folder)
-    plan, errors = quantize_model(loaded, uniform(way[0], loaded.model), rows(), int4_method=way[1])
+    plan, errors = quantize_model(loaded, uniform(way[0], loaded.model), rows(), rounding=way[1])
     streamed, same_plan, same_errors = from_file(folder, *way)
     assert same_plan == plan and same_errors == errors and set(errors) == set(plan.schemes)
     expected = dict(packed_linears(loaded.model))
@@ -59,7 +60,7 @@ def test_later_layers_see_quantized_ones(tmp_path: Path) -> None:
     folder = save("llama2-grouped-query", tmp_path / "base")
     base, dense = load(folder), load(folder)
     name, scheme = "model.layers.1.self_attn.q_proj", Int4(32)
-    quantize_model(base, uniform("int4", base.model), rows(), int4_method="gptq")
+    quantize_model(base, uniform("int4", base.model), rows(), rounding="gptq")
     made: Any = base.model.get_submodule(name)
 
     def seen(model: CausalLM) -> list[torch.Tensor]:
@@ -79,7 +80,7 @@ def test_later_layers_see_quantized_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("method", ["round", "gptq"])
+@pytest.mark.parametrize("method", ["nearest", "gptq"])
 def test_one_dense_layer_at_a_time(
     name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
@@ -124,10 +125,10 @@ def test_it_says_what_it_does_and_can_be_stopped(tmp_path: Path) -> None:
 def test_compensation_has_less_error_than_rounding(tmp_path: Path) -> None:
     folder = save("llama2-grouped-query", tmp_path / "base")
     mean = {}
-    for method in ("round", "gptq", "awq"):
-        plan, errors = quantize_model(base := load(folder), _with_static(base.model), rows(8), int4_method=method)
+    for method in ("nearest", "gptq", "awq"):
+        plan, errors = quantize_model(base := load(folder), _with_static(base.model), rows(8), rounding=method)
         mean[method] = sum(errors[name] for name in plan.schemes if "k_proj" not in name) / len(errors)
-    assert mean["gptq"] < 0.9 * mean["round"] and mean["awq"] <= mean["round"]
+    assert mean["gptq"] < 0.9 * mean["nearest"] and mean["awq"] <= mean["nearest"]
 
 
 def _with_static(model: CausalLM) -> Plan:
@@ -141,25 +142,25 @@ def test_a_plan_of_some_linears_and_of_the_head(tmp_path: Path) -> None:
     plan = Plan({"model.layers.1.mlp.up_proj": Int8(), "lm_head": Int4(16)})
     loaded = load(folder)
     weight_VD = loaded.model.get_parameter("lm_head.weight").clone()
-    carried_out, errors = quantize_model(loaded, plan, rows(), int4_method="gptq")
+    carried_out, errors = quantize_model(loaded, plan, rows(), rounding="gptq")
     assert carried_out == plan and set(errors) == set(plan.schemes)
     assert [name for name, _ in packed_linears(loaded.model)] == list(plan.schemes)
     head: Any = loaded.model.lm_head
     assert 0 < (head.dense_weight() - weight_VD).norm() < 0.2 * weight_VD.norm()
-    streamed, _, same = quantize_source(folder, FLOAT32, lambda _: plan, lambda _: rows(), int4_method="gptq")
+    streamed, _, same = quantize_source(folder, FLOAT32, lambda _: plan, lambda _: rows(), rounding="gptq")
     again: Any = streamed.model.lm_head
     assert same == errors and torch.equal(again.codes, head.codes)
 
 
 def test_rows_that_are_missing_or_too_few(tmp_path: Path) -> None:
     folder = save("llama2-grouped-query", tmp_path / "base")
-    for scheme, method in WAYS:
+    for scheme, method in dict.fromkeys((*WAYS, *BY_WEIGHTS)):
         base = load(folder)
-        if (scheme, method) in (("int4", "round"), ("nf4", "gptq")):  # no linear of these is made on rows
-            _, errors = quantize_model(base, uniform(scheme, base.model), [], int4_method=method)
+        if (scheme, method) in BY_WEIGHTS:
+            _, errors = quantize_model(base, uniform(scheme, base.model), [], rounding=method)
             assert len(errors) == len(packed_linears(base.model))
             continue
         for few in ([], rows(2)):
             with pytest.raises(ConfigError, match=r"^calibration_data: .*at least 128 tokens"):
-                quantize_model(base, uniform(scheme, base.model), few, int4_method=method)
+                quantize_model(base, uniform(scheme, base.model), few, rounding=method)
         assert packed_linears(base.model) == []

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from alpaca_lora.errors import NumericalError
+from alpaca_lora.quantization.four_bit import FourBit
+from alpaca_lora.quantization.fp4 import FP4
 from alpaca_lora.quantization.gptq import DAMPING, gptq, hessian
 from alpaca_lora.quantization.int4 import Int4
+from alpaca_lora.quantization.nf4 import NF4
+from alpaca_lora.quantization.scheme import Scheme
 from tests.quantization.checks import assert_stored_as_promised, dense
 
-SCHEMES = [Int4(64), Int4(64, symmetric=True), Int4(160), Int4(10)]  # 160 reaches over a block of 128 columns
+INT4 = [Int4(64), Int4(64, symmetric=True), Int4(160), Int4(10)]  # 160 reaches over a block of 128 columns
+PLAIN = [*INT4, NF4(64, double_quant=False), FP4(32, double_quant=False)]  # scales as they are found
+SCHEMES = [*PLAIN, NF4(), NF4(128)]  # 128 does not divide a row: a block lies in two
 
 
 def correlated_inputs(num_tokens: int, num_inputs: int, seed: int = 0) -> torch.Tensor:
@@ -25,21 +33,42 @@ def weight(out_features: int, in_features: int) -> torch.Tensor:
     return torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(7)) * 0.05
 
 
-def brain_quantization(weight_OI: torch.Tensor, hessian_II: torch.Tensor, scheme: Int4) -> torch.Tensor:
+def nearest(scheme: Scheme, weight_OI: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """(column (out,) as it has become, its number) -> the nearest that its elements can be stored as."""
+    if isinstance(scheme, Int4):
+        scale_OG, zero_OG = scheme.group_parameters(weight_OI.unflatten(1, (-1, scheme.group_size)))
+
+        def of_int4(w_O: torch.Tensor, column: int) -> torch.Tensor:
+            scale_O, zero_O = (part[:, column // scheme.group_size] for part in (scale_OG, zero_OG))
+            return (scheme.round_to_codes(w_O.float(), scale_O, zero_O) - zero_O).double() * scale_O.double()
+
+        return of_int4
+    assert isinstance(scheme, FourBit)
+    parts = scheme.quantize(weight_OI, name="w")
+    ones = scheme.values.index(1.0)
+    scale_OI = dense(scheme, {**parts, "codes": torch.full_like(parts["codes"], ones * 17)}, tuple(weight_OI.shape))
+    values_K = torch.tensor(scheme.values, dtype=torch.float64)
+
+    def of_table(w_O: torch.Tensor, column: int) -> torch.Tensor:
+        each_OK = values_K * scale_OI[:, column, None].double()
+        return each_OK.gather(1, (each_OK - w_O[:, None]).abs().argmin(1, keepdim=True))[:, 0]
+
+    return of_table
+
+
+def brain_quantization(weight_OI: torch.Tensor, hessian_II: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """The decoded weight by the update of optimal brain quantization, in float64: the column of the largest mean square
     first; after each column the rest of W makes up for its error, and the column is eliminated from H^-1. No blocks, no
     factorisation.
     """
-    scale_OG, zero_OG = scheme.group_parameters(weight_OI.unflatten(1, (-1, scheme.group_size)))
+    stored = nearest(scheme, weight_OI)
     weight_OI = weight_OI.double().clone()
     damped_II = hessian_II.double() + DAMPING * hessian_II.diagonal().double().mean() * torch.eye(len(hessian_II))
     inverse_II = torch.linalg.inv(damped_II)
     decoded_OI = torch.empty_like(weight_OI)
     for column in sorted(range(weight_OI.shape[1]), key=lambda one: -float(hessian_II[one, one])):
-        scale_O, zero_O = (part[:, column // scheme.group_size] for part in (scale_OG, zero_OG))
         w_O = weight_OI[:, column].clone()
-        code_O = scheme.round_to_codes(w_O.float(), scale_O, zero_O)
-        decoded_OI[:, column] = (code_O - zero_O).double() * scale_O.double()
+        decoded_OI[:, column] = stored(w_O, column)
         error_O = (w_O - decoded_OI[:, column]) / inverse_II[column, column]
         weight_OI -= torch.outer(error_O, inverse_II[column])
         inverse_II -= torch.outer(inverse_II[:, column], inverse_II[column]) / inverse_II[column, column]
@@ -53,7 +82,7 @@ def output_error(decoded_OI: torch.Tensor, weight_OI: torch.Tensor, x_TI: torch.
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_equals_the_update_that_it_factorises(scheme: Int4) -> None:
+def test_equals_the_update_that_it_factorises(scheme: Scheme) -> None:
     x_TI, weight_OI = correlated_inputs(600, 320), weight(24, 320)
     parts = gptq(weight_OI, hessian([x_TI]), scheme, name="w")
     assert_stored_as_promised(scheme, parts, (24, 320))
@@ -65,7 +94,7 @@ def test_equals_the_update_that_it_factorises(scheme: Int4) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_less_error_than_rounding_where_inputs_are_correlated(scheme: Int4) -> None:
+def test_less_error_than_rounding_where_inputs_are_correlated(scheme: Scheme) -> None:
     x_TI, weight_OI = correlated_inputs(600, 320), weight(24, 320)
     rounded = dense(scheme, scheme.quantize(weight_OI, name="w"), (24, 320))
     made = dense(scheme, gptq(weight_OI, hessian([x_TI]), scheme, name="w"), (24, 320))
@@ -76,8 +105,8 @@ def test_less_error_than_rounding_where_inputs_are_correlated(scheme: Int4) -> N
     assert (made - weight_OI).norm() > (rounded - weight_OI).norm()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_equals_rounding_where_inputs_say_nothing_of_each_other(scheme: Int4) -> None:
+@pytest.mark.parametrize("scheme", PLAIN)
+def test_equals_rounding_where_inputs_say_nothing_of_each_other(scheme: Scheme) -> None:
     weight_OI = weight(5, 320)
     diagonal_II = torch.diag(torch.rand(320, generator=torch.Generator().manual_seed(1)) + 0.1)
     made, rounded = gptq(weight_OI, diagonal_II, scheme, name="w"), scheme.quantize(weight_OI, name="w")
@@ -85,8 +114,8 @@ def test_equals_rounding_where_inputs_say_nothing_of_each_other(scheme: Int4) ->
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 14), (1, 194)])
-def test_odd_shapes(shape: tuple[int, int]) -> None:
-    scheme = Int4(2)
+@pytest.mark.parametrize("scheme", [Int4(2), NF4(), FP4(32)])
+def test_odd_shapes(shape: tuple[int, int], scheme: Scheme) -> None:
     parts = gptq(weight(*shape).to(torch.bfloat16), hessian([correlated_inputs(9, shape[1])]), scheme, name="w")
     assert_stored_as_promised(scheme, parts, shape)
     assert torch.isfinite(dense(scheme, parts, shape)).all()
@@ -103,6 +132,15 @@ def test_inputs_that_were_always_zero_are_rounded() -> None:
     assert alive < output_error(dense(scheme, scheme.quantize(weight_OI, name="w"), (8, 64)), weight_OI, x_TI)
     nothing = gptq(weight_OI, torch.zeros(64, 64), scheme, name="w")
     assert all(torch.equal(nothing[part], tensor) for part, tensor in scheme.quantize(weight_OI, name="w").items())
+
+
+def test_blocks_of_zeros_stay_zeros() -> None:
+    """In a block without a scale every code is nothing."""
+    weight_OI, scheme = weight(8, 128), NF4(double_quant=False)
+    weight_OI[3, :64] = weight_OI[5] = 0
+    decoded = dense(scheme, gptq(weight_OI, hessian([correlated_inputs(300, 128)]), scheme, name="w"), (8, 128))
+    assert torch.isfinite(decoded).all() and not decoded[3, :64].any() and not decoded[5].any()
+    assert decoded[3, 64:].any()
 
 
 def test_fewer_tokens_than_inputs() -> None:

@@ -101,7 +101,7 @@ def test_rows_count_only_where_the_weights_depend_on_them(folder: Path) -> None:
     with_rows, without = Origin("n", "f", calibration_sha256="c"), Origin("n", "f")
     assert packed_fingerprint(with_rows, int4) == packed_fingerprint(without, int4)
     assert packed_fingerprint(with_rows, static) != packed_fingerprint(without, static)
-    gptq = [Origin("n", "f", int4_method="gptq", calibration_sha256=rows) for rows in "cd"]
+    gptq = [Origin("n", "f", rounding="gptq", calibration_sha256=rows) for rows in "cd"]
     folded = Origin("n", "f", adapter_sha256="a")
     assert len({packed_fingerprint(one, int4) for one in (*gptq, without, folded)}) == 4
 

@@ -115,16 +115,16 @@ def test_the_smallest_plan_within_a_measured_loss() -> None:
 def test_a_file_gives_what_the_loaded_model_gives(name: str, tmp_path: Path) -> None:
     folder, bits = save(name, tmp_path / "base"), 8.0
     base = load(folder)
-    plan, _ = mixed_plan(base, rows(), bits=bits, max_perplexity_increase=None, int4_method="gptq")
+    plan, _ = mixed_plan(base, rows(), bits=bits, max_perplexity_increase=None, rounding="gptq")
     assert packed_linears(base.model) == []
     kinds = {type(scheme) for scheme in plan.schemes.values()}
     assert len(kinds) > 1
     streamed, carried_out, errors, table = quantize_source_mixed(
-        folder, FLOAT32, Budget(bits=bits), lambda _: rows(), int4_method="gptq"
+        folder, FLOAT32, Budget(bits=bits), lambda _: rows(), rounding="gptq"
     )
     assert carried_out == plan and set(errors) == set(plan.schemes)
     assert {n for n, _ in packed_linears(streamed.model)} == set(plan.schemes)
-    _, same_errors = quantize_model(base, plan, rows(), int4_method="gptq")
+    _, same_errors = quantize_model(base, plan, rows(), rounding="gptq")
     assert same_errors == errors
     console = Console(width=160)
     with console.capture() as capture:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 
 from alpaca_lora.commands.schemas import FinetuneConfig, GenerateConfig, QuantizeConfig
 from alpaca_lora.errors import ConfigError
-from alpaca_lora.quantization.options import READ_BY, OnLoad, SchemeName
+from alpaca_lora.quantization.options import READ_BY, ROUNDINGS, OnLoad, SchemeName
 from alpaca_lora.quantization.plan import scheme_settings
 from alpaca_lora.quantization.scheme import SCHEMES, scheme_class
 
@@ -53,10 +53,23 @@ def test_one_form_of_the_base_at_a_time() -> None:
 def test_what_needs_rows() -> None:
     asked: dict[str, Any] = {"base_model": "m", "output_dir": "o"}
     kinds: list[dict[str, Any]] = [
-        {"scheme": "int8_static"}, {"scheme": "int4", "int4_method": "awq"}, {"scheme": "mixed", "bits": 5}
+        {"scheme": "int8_static"}, {"scheme": "int4", "rounding": "awq"}, {"scheme": "mixed", "bits": 5}
     ]  # fmt: skip
     for more in kinds:
         assert QuantizeConfig(**asked, **more, calibration_data="c").needs_calibration
         with pytest.raises(ConfigError, match=r"^calibration_data: missing: this is made by running the model on rows"):
             QuantizeConfig(**asked, **more)
     assert not QuantizeConfig(**asked, scheme="int4").needs_calibration
+
+
+def test_how_codes_are_chosen_is_what_the_scheme_can() -> None:
+    """The table that --help needs without torch says what the schemes say; another choice is told to have no effect."""
+    choices = get_args(QuantizeConfig.model_fields["rounding"].annotation)
+    for name in SCHEMES:
+        roundings = scheme_class(name).roundings
+        assert set(ROUNDINGS.get(name, ("nearest",))) == roundings <= set(choices)
+        for rounding in choices:
+            config = QuantizeConfig(
+                base_model="m", output_dir="o", scheme=cast(Any, name), rounding=rounding, calibration_data="c"
+            )
+            assert ("rounding" in config.unused()) is (len(roundings) == 1 or rounding not in roundings)

@@ -132,11 +132,9 @@ def test_a_file_gives_what_the_loaded_model_gives(name: str, tmp_path: Path) -> 
     folder = save(name, tmp_path / "base")
     loaded, model = load(folder).model, load(folder).model.to("meta")
     source, said = open_source(folder), list[tuple[int, int, str]]()
-    expected = measure_sensitivity(LayerWalk(loaded), candidates(loaded), rows(), int4_method="gptq")
+    expected = measure_sensitivity(LayerWalk(loaded), candidates(loaded), rows(), rounding="gptq")
     walk = LayerWalk(model, source, torch.float32, torch.device("cpu"))
-    got = measure_sensitivity(
-        walk, candidates(model), rows(), int4_method="gptq", on_progress=lambda *w: said.append(w)
-    )
+    got = measure_sensitivity(walk, candidates(model), rows(), rounding="gptq", on_progress=lambda *w: said.append(w))
     assert got == expected
     layers = [n for n, parameter in model.named_parameters() if n.startswith(tuple(walk.prefixes))]
     assert all(model.get_parameter(n).is_meta for n in layers)
