@@ -86,6 +86,7 @@ RUNS: dict[str, Run] = {
     "qlora r=64 nf4, from the rounding error": Run(
         ["--lora_r", "64", "--lora_alpha", "128", "--quantize", "nf4", *START]
     ),
+    "qlora r=64 nf4 gptq, from the rounding error": Run([*WIDE, *START], made=NF4_GPTQ),
     "qat int4": Run(["--quantization_aware", "int4"], ["int4"]),
     "qat int4 symmetric": Run(
         ["--quantization_aware", "int4", "--symmetric", "true", "--group_size", "192"], ["int4 symmetric, group 192"]

@@ -6,6 +6,7 @@ Knows folders, configurations and records; the arithmetic is `adapters/combine.p
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def combine_folders(
     messages = [message for source in sources for message in source.messages]
     _check_shapes(sources)
     record, told = _joined_record(sources, weights, how)
-    messages += told
+    messages += told + _made_up_for(sources, weights)
     inputs = [source.updates for source in sources]
     result = combine(inputs, weights, how)
     alone = sum(not all(name in updates for updates in inputs) for name in result)
@@ -94,6 +95,21 @@ def combine_folders(
     write_adapter(output, _tensors(result), _config(sources, result), record)
     ranks = [update.rank for update in result.values()]
     return Combined(Path(output), len(result), (min(ranks), max(ranks)), measured, messages)
+
+
+def _made_up_for(sources: Sequence[Source], weights: Sequence[float]) -> list[str]:
+    """A message when adapters that hold what quantizing took from the base do not add up to holding it once."""
+    begun = [
+        weight
+        for source, weight in zip(sources, weights, strict=True)
+        if source.record is not None and source.record.makes_up_for_rounding
+    ]
+    if not begun or math.isclose(sum(begun), 1, abs_tol=1e-3):
+        return []
+    return [
+        f"{len(begun)} of the adapters make up for what quantizing took from the base, with weights that sum to "
+        f"{sum(begun):.3g}: it is made up for {sum(begun):.3g} times; weights that sum to 1 keep it once"
+    ]
 
 
 def read_source(folder: str | PathLike[str]) -> Source:
@@ -189,6 +205,8 @@ def _joined_record(
         "combination_weights": list(weights), "combination": how.kind, "density": how.density,
         "majority_sign_method": how.majority_sign_method, "svd_rank": how.svd_rank, "seed": how.seed,
     }  # fmt: skip
+    if any(record.makes_up_for_rounding for _, record in known):
+        made["init_lora_weights"] = "rounding_error"
     return dataclasses.replace(first, data_hashes=hashes, config=made, metrics={}, version=__version__), messages
 
 

@@ -46,6 +46,11 @@ class AdapterRecord:
     adapter_sha256: str = ""  # of adapter_model.safetensors; filled in by `save_adapter`
     format_version: int = RECORD_FORMAT
 
+    @property
+    def makes_up_for_rounding(self) -> bool:
+        """Whether it holds what quantizing took from its base, which a dense base still has."""
+        return self.config.get("init_lora_weights") == "rounding_error"
+
     def to_json(self) -> str:
         """The file's text: sorted keys, so that equal records are equal bytes."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=True) + "\n"

@@ -100,7 +100,7 @@ def _original(
     logits are from those that were trained, as JSON. None where the dense base cannot be had and is not asked for.
     """
     nothing: dict[str, Any] = {"merge_onto": "dequantized", "original_logit_difference": None}
-    if record is not None and record.config.get("init_lora_weights") == "rounding_error":
+    if record is not None and record.makes_up_for_rounding:
         what = "the adapter makes up for what quantizing took from the weights; the original ones still have it"
         if config.merge_onto == "original":
             raise AdapterError(what, file=config.lora_weights, field="merge_onto", expected="dequantized")

@@ -60,6 +60,23 @@ def peft_logits(twins: Twins, folder: Path) -> torch.Tensor:
     return twins.their_logits(model)
 
 
+def test_what_makes_up_for_rounding_is_to_be_there_once(tmp_path: Path) -> None:
+    begun = dataclasses.replace(RECORD, config={"init_lora_weights": "rounding_error"})
+    folders = [adapter_folder(tmp_path / name, seed, record) for seed, (name, record) in enumerate(
+        (("a", begun), ("b", begun), ("c", RECORD))
+    )]  # fmt: skip
+    for weights, times in (([1.0, 0.5, 1.0], "1.5"), ([0.5, 0.5, 3.0], None), ([1, -0.25, 1.0], "0.75")):
+        made = combine_folders(folders, weights, CAT, tmp_path / f"out-{times}")
+        said = [message for message in made.messages if "make up for what quantizing took" in message]
+        assert (said == []) is (times is None)
+        assert times is None or f"it is made up for {times} times" in said[0]
+        record = read_record(made.folder)
+        assert record is not None and record.makes_up_for_rounding
+    made = combine_folders([folders[2], folders[2]], [1, 1], CAT, tmp_path / "plain")
+    record = read_record(made.folder)
+    assert record is not None and not record.makes_up_for_rounding and made.messages == []
+
+
 @pytest.mark.filterwarnings(PEFT_ON_TRANSFORMERS)
 @pytest.mark.parametrize("kind", ["cat", "svd", "ties", "linear"])
 @pytest.mark.parametrize(
