@@ -55,7 +55,7 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
 START = ["--init_lora_weights", "rounding_error"]
 WIDE = ["--lora_r", "64", "--lora_alpha", "128"]
 NF4_GPTQ = ["--scheme", "nf4", "--rounding", "gptq"]
-MIXED = ["--scheme", "mixed", "--bits", "4.5", "--rounding", "gptq"]
+MIXED = ["--scheme", "mixed", "--rounding", "gptq", "--bits"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ RUNS: dict[str, Run] = {
     "qlora nf4, from the rounding error": Run(["--quantize", "nf4", *START]),
     "qlora nf4 gptq": Run(made=NF4_GPTQ),
     "qlora nf4 gptq, from the rounding error": Run(START, made=NF4_GPTQ),
-    "qlora mixed gptq": Run(made=MIXED),
-    "qlora mixed gptq, from the rounding error": Run(START, made=MIXED),
+    "qlora mixed 4.5 gptq": Run(made=[*MIXED, "4.5"]),
+    "qlora mixed 4.5 gptq, from the rounding error": Run(START, made=[*MIXED, "4.5"]),
+    "qlora mixed 6 gptq, from the rounding error": Run(START, made=[*MIXED, "6"]),
     "peft lora": Run(peer="dense"),
     "peft qlora, bitsandbytes nf4": Run(peer="nf4"),
     "lora r=64": Run(WIDE),
