@@ -17,7 +17,7 @@ from alpaca_lora.quantization.load import dense_source
 from alpaca_lora.quantization.rounding_error import FIELD, Wanted, fit_rounding_errors
 from alpaca_lora.training.signals import SignalFlag
 
-START_TOKENS = 16_384  # of the training rows; four times as many took 1 % more of the error
+START_TOKENS = 16_384  # of the training rows: ten for each input of the widest linear of a model of 135M
 
 
 def start_at_rounding_error(job: Job, console: Console, signals: SignalFlag) -> None:
